@@ -1,0 +1,214 @@
+"""Spiking networks of TrLIF layers, as plain modules: build(arch, ...) returns logits per time step.
+
+    model = build("resnet19", num_classes=100, timesteps=2)
+    logits = model(images)              # [B, C, H, W] static, or [B, T, C, H, W] event frames -> [T, B, num_classes]
+    prediction = logits.mean(0).argmax(1)
+
+Inside a network a tensor is [T*B, C, H, W], time steps folded into the batch: convolutions, BatchNorm and pooling know
+nothing of time. Only the neurons do; `fire` unfolds T for them. Between calls a network holds no state but its weights
+and running means.
+
+    resnet19                        CIFAR's: 3x3 stem, stages 128-128-128 / 256-256-256 / 512-512
+    resnet18, resnet34              ImageNet's: 7x7 stem and max-pooling, stages of 64-128-256-512
+    sew_resnet18, sew_resnet34      the same, each block firing before its shortcut is added (Fang et al. 2021, "ADD")
+    spikformer                      Spikformer-4-384 (Zhou et al. 2023): convolutional patches, spiking self attention
+
+Values that travel: between the layers of a resnet 0 or theta, nothing else. In sew_resnet* and spikformer the residual
+streams add the spikes of several layers, each with its own theta; all other tensors there are 0 or theta too.
+
+`python models.py` prints parameters, neurons and multiply-accumulates of each.
+"""
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from neuron import TrLIF
+
+
+def conv(c_in, c_out, kernel, stride=1):
+    return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+
+
+def fire(neuron, x, T):
+    """Run a neuron layer, which wants [T, B, ...], on folded [T*B, ...]."""
+    return neuron(x.unflatten(0, (T, -1))).flatten(0, 1)
+
+
+def input_current(conv_bn, x, timesteps):
+    """The stem's current [T, B, C, H, W]. A static image's is computed once and shared by all steps (a view)."""
+    if x.dim() == 4:
+        return conv_bn(x).expand(timesteps, -1, -1, -1, -1)
+    return conv_bn(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], -1))
+
+
+class Block(nn.Module):
+    """conv-BN-LIF-conv-BN beside a shortcut. Plain: add, then fire. SEW: fire, then add; the shortcut fires too."""
+
+    def __init__(self, c_in, c_out, stride, sew, neuron):
+        super().__init__()
+        self.conv1, self.bn1, self.lif1 = conv(c_in, c_out, 3, stride), nn.BatchNorm2d(c_out), TrLIF(**neuron)
+        self.conv2, self.bn2, self.lif2 = conv(c_out, c_out, 3), nn.BatchNorm2d(c_out), TrLIF(**neuron)
+        self.sew, self.shortcut, self.lif_shortcut = sew, None, None
+        if stride != 1 or c_in != c_out:                         # the shape changes: a 1x1 convolution adapts it
+            self.shortcut = nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+            self.lif_shortcut = TrLIF(**neuron) if sew else None
+
+    def forward(self, x, T):
+        y = fire(self.lif1, self.bn1(self.conv1(x)), T)
+        y = self.bn2(self.conv2(y))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        if not self.sew:
+            return fire(self.lif2, y + x, T)
+        if self.lif_shortcut is not None:
+            x = fire(self.lif_shortcut, x, T)
+        return fire(self.lif2, y, T) + x
+
+
+class ResNet(nn.Module):
+    """stages: (channels, blocks, stride) each. imagenet: the 7x7/2 stem with max-pooling instead of the 3x3 one."""
+
+    def __init__(self, stages, num_classes, timesteps, in_channels, width, neuron, imagenet=False, sew=False):
+        super().__init__()
+        self.timesteps = timesteps
+        self.stem = nn.Sequential(conv(in_channels, width, 7, 2) if imagenet else conv(in_channels, width, 3),
+                                  nn.BatchNorm2d(width))
+        self.lif = TrLIF(**neuron)
+        self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
+        self.blocks, c = nn.ModuleList(), width
+        for c_out, blocks, stride in stages:
+            for i in range(blocks):
+                self.blocks.append(Block(c, c_out, stride if i == 0 else 1, sew, neuron))
+                c = c_out
+        self.head = nn.Linear(c, num_classes)
+
+    def forward(self, x):
+        x = input_current(self.stem, x, self.timesteps)
+        T = x.shape[0]
+        x = self.pool(self.lif(x).flatten(0, 1))
+        for block in self.blocks:
+            x = block(x, T)
+        return self.head(x.mean((2, 3))).unflatten(0, (T, -1))
+
+
+class SpikingSelfAttention(nn.Module):
+    """softmax-free attention between spikes: LIF(q k^T v / 8). x [T*B, N tokens, D]."""
+
+    def __init__(self, dim, heads, neuron):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (LinearLIF(dim, dim, neuron) for _ in range(4))
+        self.lif = TrLIF(**{**neuron, "threshold": 0.5 * neuron.get("threshold", 1.0)})   # the product's is half as high
+
+    def forward(self, x, T):
+        q, k, v = (layer(x, T).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        # Without a softmax (q k^T) v = q (k^T v), and the right side never forms the N x N matrix.
+        y = q @ (k.transpose(2, 3) @ v) * 0.125
+        return self.out(fire(self.lif, y.transpose(1, 2).flatten(2), T), T)
+
+
+class LinearLIF(nn.Module):
+    """linear-BN-LIF on tokens, x [T*B, N, C_in] -> [T*B, N, C_out]."""
+
+    def __init__(self, c_in, c_out, neuron):
+        super().__init__()
+        self.linear, self.bn, self.lif = nn.Linear(c_in, c_out), nn.BatchNorm1d(c_out), TrLIF(**neuron)
+
+    def forward(self, x, T):
+        y = self.linear(x)
+        return fire(self.lif, self.bn(y.flatten(0, 1)).view_as(y), T)
+
+
+class Spikformer(nn.Module):
+    """Patch splitting to tokens of 6 * width, then 4 blocks of attention and MLP, each adding its spikes to x."""
+
+    def __init__(self, num_classes, timesteps, in_channels, width, neuron, depth=4, heads=12):
+        super().__init__()
+        self.timesteps = timesteps
+        dim = 6 * width
+        channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
+        self.patches = nn.ModuleList(nn.Sequential(conv(a, b, 3), nn.BatchNorm2d(b))
+                                     for a, b in zip(channels, channels[1:]))
+        self.lifs = nn.ModuleList(TrLIF(**neuron) for _ in self.patches)
+        self.pools = nn.ModuleList(nn.MaxPool2d(3, 2, 1) if i in (2, 3) else nn.Identity() for i in range(4))
+        self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, neuron) for _ in range(depth))
+        self.mlp = nn.ModuleList(nn.ModuleList([LinearLIF(dim, 4 * dim, neuron), LinearLIF(4 * dim, dim, neuron)])
+                                 for _ in range(depth))
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, x):
+        x = input_current(self.patches[0], x, self.timesteps)
+        T = x.shape[0]
+        x = self.pools[0](self.lifs[0](x).flatten(0, 1))
+        for patch, lif, pool in zip(self.patches[1:4], self.lifs[1:4], self.pools[1:]):
+            x = pool(fire(lif, patch(x), T))
+        x = x + fire(self.lifs[4], self.patches[4](x), T)        # position, from the neighbouring patches
+        x = x.flatten(2).transpose(1, 2)                         # [T*B, N, D]
+        for attention, (up, down) in zip(self.attention, self.mlp):
+            x = x + attention(x, T)
+            x = x + down(up(x, T), T)
+        return self.head(x.mean(1)).unflatten(0, (T, -1))
+
+
+ARCHS = ("resnet19", "resnet18", "resnet34", "sew_resnet18", "sew_resnet34", "spikformer")
+
+
+def build(arch, num_classes, timesteps, in_channels=3, width=64, **neuron_options):
+    """Build a network.
+
+    arch            one of ARCHS
+    timesteps       T for static images; event frames bring their own
+    in_channels     3 for colour images, 2 for event frames
+    width           the stem's channels in a resnet, a sixth of the embedding in spikformer (a multiple of 4): 64 is
+                    the published network, small values make narrow ones for small machines
+    neuron_options  handed to every TrLIF: threshold, tau, mp_init, surrogate, momentum, learnable
+
+    forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for what it can't build.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
+    for name, value in (("num_classes", num_classes), ("timesteps", timesteps), ("in_channels", in_channels),
+                        ("width", width)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
+    common = num_classes, timesteps, in_channels, width, neuron_options
+    w = width
+    if arch == "spikformer":
+        if w % 4:
+            raise ValueError(f"spikformer's width must be a multiple of 4, not {w}: 6 * width is split over 12 heads and 8 patches")
+        model = Spikformer(*common)
+    elif arch == "resnet19":
+        model = ResNet([(2 * w, 3, 1), (4 * w, 3, 2), (8 * w, 2, 2)], *common)
+    else:
+        blocks = (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3)
+        stages = [(w * 2 ** i, n, 1 if i == 0 else 2) for i, n in enumerate(blocks)]
+        model = ResNet(stages, *common, imagenet=True, sew=arch.startswith("sew"))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def compile_model(model):
+    """Fuse the whole network with torch.compile, in place: BatchNorm's application, the shortcuts' additions and the
+    neurons then share kernels. Takes minutes once, and again for evaluation; rounding may differ. Returns the model."""
+    model.compile(dynamic=False)
+    return model
+
+
+def macs_per_step(model, x):
+    """Multiply-accumulates of one forward of x (one time step if timesteps = 1): convolutions, linear layers, attention."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x)
+    return counter.get_total_flops() // 2
+
+
+if __name__ == "__main__":
+    print(f"{'arch':14s} {'input':>12s} {'classes':>8s} {'parameters':>12s} {'neuron layers':>14s} {'MACs a step':>16s}")
+    for arch in ARCHS:
+        size, classes = (32, 100 if arch == "resnet19" else 10) if arch in ("resnet19", "spikformer") else (224, 1000)
+        model = build(arch, classes, timesteps=1)
+        parameters = sum(p.numel() for p in model.parameters())
+        neurons = sum(isinstance(m, TrLIF) for m in model.modules())
+        macs = macs_per_step(model, torch.zeros(1, 3, size, size))
+        print(f"{arch:14s} {f'3x{size}x{size}':>12s} {classes:8d} {parameters:12,d} {neurons:14d} {macs:16,d}")

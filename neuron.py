@@ -1,0 +1,241 @@
+"""A leaky integrate-and-fire layer that trains stably: MP-Init and TrSG, in one file that needs torch alone.
+
+    from neuron import TrLIF
+    lif = TrLIF()                # learnable threshold (starts at 1) and leak (starts at tau = 2)
+    spikes = lif(current)        # [T, B, ...] -> [T, B, ...], each value 0 or lif.threshold
+
+Copy this file into your project. A layer takes the input current of all T time steps at once and keeps nothing
+between calls, so there is no state to reset. For input current x[t], t = 1..T, threshold theta and decay k = 1/tau:
+
+    charge   h[t] = v[t-1] + k (x[t] - v[t-1])        the membrane potential leaks towards the input current
+    fire     s[t] = 1 if h[t] >= theta else 0
+    emit     o[t] = theta s[t]
+    reset    v[t] = h[t] - theta s[t]                 a spike takes theta away from the potential ("soft reset")
+
+Two things go wrong when such a layer is trained directly, and each has a remedy here:
+
+TrSG (threshold-robust surrogate gradient). s[t] is a step function, whose derivative training must replace by that of
+    something smooth, the surrogate. If its window has a fixed width around theta, gradients vanish or explode once a
+    learnable theta drifts away from 1. TrSG takes the derivative with respect to r = h / theta, and emits theta s:
+    both factors of theta cancel, so gradients pass alike whatever theta is. See `lif`.
+MP-Init (membrane potential initialisation). Starting at v[0] = 0 gives the first time steps another distribution of
+    potentials than the later ones ("temporal covariate shift"), and BatchNorm one set of statistics to serve both.
+    The potential forgets its start and settles into a stationary law, so MP-Init starts at that law's mean, which
+    it learns as a running average of the potential after the last step. See `TrLIF.forward`.
+
+Source: Kook, Yu, Oh, Park, "Stabilizing Direct Training of Spiking Neural Networks: Membrane Potential Initialization
+and Threshold-robust Surrogate Gradient", WACV 2026, arXiv:2511.08708.
+
+`python neuron.py` times the layer on this machine against the memory traffic that no implementation can avoid.
+"""
+import functools
+import math
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Run the time loop as one fused kernel (torch.compile) where that pays: on a GPU, and on a CPU from this many input
+# elements on, since compiling takes some ten seconds. False: always operation by operation, the same numbers.
+COMPILE = True
+CPU_COMPILE_FROM = 2 ** 19
+
+
+def lif(x, v_init, threshold, decay, surrogate="trsg"):
+    """The neuron: integrate the current x over T steps, fire, and reset. This loop is its only definition.
+
+    x          [T, ...]   input current, floating point
+    v_init     membrane potential before the first step, 0-d or of the shape x[0] (same unit as x and threshold)
+    threshold  0-d, theta > 0
+    decay      0-d, k = 1 / tau in (0, 1)
+    surrogate  "trsg" emits theta s;  "absolute", the naive form kept for comparison, emits s
+
+    Returns (spikes [T, ...] in x's dtype, v [...] the potential after the last step, fired [...] bool, True where
+    the neuron fired at least once). Potentials are float32 at least. Differentiable in x, threshold and decay,
+    through the reset as well. arXiv:2511.08708.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)          # bf16 currents still integrate in float32
+    # One threshold and one decay per neuron (a view, no memory): their gradients then add up neuron by neuron, and
+    # are summed over the layer once at the end instead of once per use.
+    threshold, decay = (p.to(dtype).expand(x.shape[1:]) for p in (threshold, decay))
+    v, fired, spikes = v_init.to(dtype), None, []
+    for x_t in x.unbind(0):
+        h = v + decay * (x_t.to(dtype) - v)                      # charge  h[t] = v[t-1] + k (x[t] - v[t-1])
+        fires = h >= threshold                                   # fire    s[t] = 1 if h[t] >= theta
+        # The surrogate's argument u: TrSG measures the distance to the threshold in thresholds, r - 1 = h/theta - 1;
+        # the naive form in the potential's own unit. The derivative ds/du is 1 inside the window |u| <= 1/2, else 0.
+        u = h / threshold - 1 if surrogate == "trsg" else h - threshold
+        window = u.detach().abs() <= 0.5
+        s = fires + window * (u - u.detach())                    # u - u is exactly 0: value `fires`, slope `window`
+        o = threshold * s                                        # emit    o[t] = theta s[t]
+        v = h - o                                                # reset   v[t] = h[t] - theta s[t]
+        # With TrSG, autograd now finds  do/dh = theta window / theta = window  and  do/dtheta = s - r window.
+        spikes.append((o if surrogate == "trsg" else s).to(x.dtype))
+        fired = fires if fired is None else fired | fires
+    return torch.stack(spikes), v, fired
+
+
+def _lif_and_statistic(x, v_init, threshold, decay, surrogate, mp_init):
+    """What one layer computes: spikes, and the [sum, count] that MP-Init averages v[T] with (None if it is off)."""
+    # Checkpointing: backward runs the loop again from x, so that nothing else is kept for it. Reading x once more
+    # is far cheaper than writing and reading every step's potential.
+    spikes, v, fired = checkpoint(lif, x, v_init, threshold, decay, surrogate, use_reentrant=False,
+                                  preserve_rng_state=False)
+    if mp_init == "off":
+        return spikes, None
+    v = v.detach()
+    chosen = fired if mp_init == "active" else torch.ones_like(fired)
+    return spikes, torch.stack([(v * chosen).sum(), chosen.sum().to(v.dtype)])
+
+
+@functools.cache
+def _compiled():
+    # dynamic=True: the number of neurons is an argument of the kernel, so that every layer and batch size share it.
+    return torch.compile(_lif_and_statistic, dynamic=True)
+
+
+def _run(x, *args):
+    """_lif_and_statistic(x, *args) for x [T, N]: fused where that pays and is possible, else as it stands."""
+    global COMPILE
+    pays = x.device.type != "cpu" or x.numel() >= CPU_COMPILE_FROM
+    if COMPILE and pays and not torch.compiler.is_compiling():   # inside a compiled network the loop fuses anyway
+        try:
+            return _compiled()(x, *args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:                               # no C++ compiler or no Triton, for example
+            COMPILE = False
+            warnings.warn("neuron.py: torch.compile does not work here, so the time loop runs operation by operation "
+                          f"(same results, slower): {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    return _lif_and_statistic(x, *args)
+
+
+class TrLIF(nn.Module):
+    """A layer of leaky integrate-and-fire neurons with MP-Init and TrSG, its threshold and leak shared by the layer.
+
+    threshold  initial theta > 0, in the unit of the input current (which BatchNorm brings to unit variance)
+    tau        initial membrane time constant > 1, in time steps; the decay is k = 1 / tau
+    mp_init    "active": start at the running mean over neurons that fired (the paper); "all": over every neuron;
+               "off": start at 0
+    surrogate  "trsg", or "absolute" for the naive form
+    momentum   beta, the weight of the newest batch in the running mean
+    learnable  whether threshold and tau are trained
+    check      look for NaN and infinity in every input (costs a pass over it and waits for the device)
+
+    forward: current [T, B, ...] -> spikes of the same shape, dtype and memory format, with values 0 or theta ("trsg"),
+    or 0 or 1 ("absolute"). Raises TypeError for a current that is not floating point, ValueError for one without T
+    and B, with T = 0, or not finite (check). arXiv:2511.08708.
+    """
+
+    def __init__(self, threshold=1.0, tau=2.0, mp_init="active", surrogate="trsg", momentum=0.1, learnable=True,
+                 check=False):
+        super().__init__()
+        if not 0 < threshold < math.inf:
+            raise ValueError(f"threshold must be above 0 and finite, not {threshold}")
+        if not 1 < tau < math.inf:
+            raise ValueError(f"tau must be above 1 and finite (1/tau is the decay per step), not {tau}")
+        if mp_init not in ("active", "all", "off"):
+            raise ValueError(f"mp_init must be 'active', 'all' or 'off', not {mp_init!r}")
+        if surrogate not in ("trsg", "absolute"):
+            raise ValueError(f"surrogate must be 'trsg' or 'absolute', not {surrogate!r}")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be from 0 to 1, not {momentum}")
+        # Trained in raw form, so that no gradient step can leave the legal range: softplus > 0, 0 < sigmoid < 1.
+        inverse_softplus = threshold + math.log(-math.expm1(-threshold))
+        self.raw_threshold = nn.Parameter(torch.tensor(inverse_softplus), requires_grad=learnable)
+        self.raw_decay = nn.Parameter(torch.tensor(-math.log(tau - 1)), requires_grad=learnable)
+        self.register_buffer("v_init", torch.zeros(()))          # mu; a buffer, so that checkpoints carry it
+        self.mp_init, self.surrogate, self.momentum, self.check = mp_init, surrogate, momentum, check
+
+    @property
+    def threshold(self):
+        """theta = softplus(raw_threshold), a 0-d tensor."""
+        return F.softplus(self.raw_threshold)
+
+    @property
+    def decay(self):
+        """k = sigmoid(raw_decay), a 0-d tensor."""
+        return torch.sigmoid(self.raw_decay)
+
+    @property
+    def tau(self):
+        """tau = 1 / k, a 0-d tensor, in time steps."""
+        return 1 / self.decay
+
+    def forward(self, x):
+        if not x.is_floating_point():
+            raise TypeError(f"TrLIF needs a floating-point current, not {x.dtype}: convert it with .float()")
+        if x.dim() < 2 or x.shape[0] == 0:
+            raise ValueError(f"TrLIF needs a current of shape [T, B, ...] with T >= 1, not {list(x.shape)}")
+        if self.check and not x.isfinite().all():
+            raise ValueError("TrLIF's input current holds NaN or infinity")
+
+        # Neurons do not interact, so the loop sees them as [T, N], listed as they lie in memory: contiguous and
+        # channels_last inputs are both views, and one compiled kernel serves every shape. The kernel gets a copy of
+        # v_init: backward needs the value from before the update below.
+        order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
+        if not x.permute(0, *order)[0].is_contiguous():
+            order, x = list(range(1, x.dim())), x.contiguous()
+        listed = x.permute(0, *order)
+        spikes, statistic = _run(listed.flatten(1), self.v_init.clone(), self.threshold, self.decay, self.surrogate,
+                                 self.mp_init if self.training else "off")
+        if statistic is not None:
+            self._update_v_init(statistic)
+        return spikes.reshape(listed.shape).permute(0, *(1 + order.index(d) for d in range(1, x.dim())))
+
+    @torch.no_grad()
+    def _update_v_init(self, statistic):
+        """MP-Init: mu <- (1 - beta) mu + beta m, m the mean of v[T] over the chosen neurons; unchanged if none."""
+        if dist.is_available() and dist.is_initialized():        # every process sees a part of the batch: sum first,
+            dist.all_reduce(statistic)                           # divide after, and N processes equal one
+        total, count = statistic.to(self.v_init.dtype)
+        beta = self.momentum * (count > 0)
+        self.v_init.lerp_(total / count.clamp(min=1), beta)
+
+    def extra_repr(self):
+        return (f"threshold={self.threshold.item():.4g}, tau={self.tau.item():.4g}, v_init={self.v_init.item():.4g}, "
+                f"mp_init={self.mp_init!r}, surrogate={self.surrogate!r}")
+
+
+def _benchmark(timesteps=4, steps=20):
+    """Print forward + backward time of one layer, plain and fused, beside the time its memory traffic takes."""
+    import statistics
+    import time
+    global COMPILE
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {dtype}, T = {timesteps}; milliseconds, median of {steps}")
+    print("neurons     plain loop     fused     floor (5 passes)     fused / floor     plain / fused")
+
+    def time_of(function):
+        laps = []
+        for _ in range(steps + 3):
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            laps.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(laps[3:])
+
+    for neurons in (2 ** 18, 2 ** 21, 2 ** 24 if device == "cuda" else 2 ** 22):
+        x = torch.randn(timesteps, neurons, device=device, dtype=dtype, requires_grad=True)
+        gradient, copy, layer = torch.randn_like(x), torch.empty_like(x), TrLIF().to(device)
+
+        def step():
+            x.grad = None
+            layer(x).backward(gradient)
+        # A copy is 2 passes; no layer can do with fewer than 5: read x, write spikes; read x and gradient, write gradient.
+        floor = 2.5 * time_of(lambda: copy.copy_(gradient))
+        COMPILE = False
+        plain = time_of(step)
+        COMPILE = True
+        fused = time_of(step)
+        print(f"{neurons:8d}  {plain:12.2f}  {fused:8.2f}  {floor:14.2f}  {fused / floor:15.2f}x  {plain / fused:15.1f}x")
+
+
+if __name__ == "__main__":
+    _benchmark()

@@ -1,0 +1,366 @@
+"""Train a spiking network with MP-Init and TrSG:  python train.py --dataset cifar100 --arch resnet19
+
+Writes into --out: log.csv (a row an epoch), last.pt (everything needed to go on) and best.pt (of the best test accuracy).
+Look at the result with  python eval.py DIR/best.pt.  A first try that needs no download and four minutes on a laptop:
+
+    python train.py --dataset shapes --arch resnet19 --width 8 --timesteps 2 --epochs 3
+
+Several GPUs:  torchrun --nproc_per_node 8 train.py ...  (--batch-size is that of all of them together).
+Ctrl-C or SIGTERM finishes the step, saves and leaves; the same command with --resume DIR goes on as if nothing happened.
+"""
+import argparse
+import contextlib
+import csv
+import fcntl
+import io
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+import models
+import neuron
+from data import UserError
+from eval import FORMAT, evaluate, load_checkpoint, run
+
+# What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
+RESNET_RECIPE = dict(optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0)
+SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5)
+FIXED = ("dataset", "arch", "timesteps", "width")                # what a resumed run may not change
+
+
+def number(kind, low, high=math.inf, or_equal=False):
+    """A type for argparse: a finite number above low (or equal to it) and below high."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value < high or or_equal and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if or_equal else 'above'} {low}"
+                                             + (f" and below {high}" if high < math.inf else " and finite"))
+        return value
+    parse.__name__ = kind.__name__                               # argparse names it where the text is no number
+    return parse
+
+
+def settings(argv=None):
+    """The command line as {flag: value}, and the part of it that was really given."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"train.py: error: {message} (--help explains the flags)\n")
+    count, positive, at_least_0 = number(int, 1, or_equal=True), number(float, 0), number(float, 0, or_equal=True)
+    g = p.add_argument_group("network")
+    g.add_argument("--arch", choices=models.ARCHS, default="resnet19", help="(default: %(default)s)")
+    g.add_argument("--timesteps", type=count, default=4, metavar="T", help="time steps an image is shown for (default: %(default)s)")
+    g.add_argument("--width", type=count, default=64, help="channels of the stem: 64 is the published network, 8 one for a laptop (default: %(default)s)")
+    g.add_argument("--threshold", type=positive, default=1.0, help="initial threshold theta (default: %(default)s)")
+    g.add_argument("--tau", type=number(float, 1), default=2.0, help="initial membrane time constant in time steps (default: %(default)s)")
+    g.add_argument("--mp-init", choices=("active", "all", "off"), default="active", help="start potentials at their running mean over the neurons that fired (the paper), over all neurons, or at 0 (default: %(default)s)")
+    g.add_argument("--surrogate", choices=("trsg", "absolute"), default="trsg", help="threshold-robust surrogate gradient, or the naive window of fixed width (default: %(default)s)")
+    g.add_argument("--fixed-neuron", action="store_true", help="do not train thresholds and time constants")
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="(default: %(default)s)")
+    g.add_argument("--data-dir", default="data", help="where data sets are or are downloaded to; for 'folder' the image tree itself (default: %(default)s)")
+    g.add_argument("--image-size", type=count, help=f"side of the images of 'folder' (default: 32; above {data.RESIDENT_UP_TO} they are streamed) and 'imagenet' (default: 224)")
+    g.add_argument("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
+    g.add_argument("--cutout", type=number(int, 0, or_equal=True), default=0, metavar="PIXELS", help="side of a square blanked in each training image (default: none)")
+    g.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, help="processes that decode images (default: %(default)s)")
+    g = p.add_argument_group("recipe ('by arch': decided by --arch and printed at the start)")
+    g.add_argument("--epochs", type=count, default=100, help="(default: %(default)s)")
+    g.add_argument("--batch-size", type=count, default=128, help="images a step, over all processes together (default: %(default)s)")
+    g.add_argument("--accumulate", type=count, default=1, metavar="N", help="compute a step in N parts to save memory; BatchNorm and MP-Init then see the parts (default: %(default)s)")
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD with Nesterov momentum 0.9, or AdamW (by arch)")
+    g.add_argument("--lr", type=positive, help="peak learning rate: linear warm-up to it, then a cosine to 0 (by arch)")
+    g.add_argument("--weight-decay", type=at_least_0, help="of weights only, not of biases, BatchNorm, thresholds and time constants (by arch)")
+    g.add_argument("--warmup", type=number(float, 0, 1, or_equal=True), help="the warm-up's part of the run (by arch)")
+    g.add_argument("--label-smoothing", type=number(float, 0, 1, or_equal=True), help="(by arch)")
+    g.add_argument("--mixup", type=at_least_0, help="alpha of mixup's Beta distribution, 0 for no mixup (by arch)")
+    g.add_argument("--seed", type=number(int, 0, or_equal=True), default=0, help="(default: %(default)s)")
+    g = p.add_argument_group("machine and run")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="convolutions in bfloat16 (default: on CUDA)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="fuse the whole network (default: on CUDA; elsewhere the neurons only); --no-compile fuses nothing")
+    g.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all GPUs instead of each its own")
+    g.add_argument("--out", metavar="DIR", help="where log and checkpoints go (default: a new folder in runs/)")
+    g.add_argument("--resume", metavar="DIR", help="go on with the run in DIR; 'auto': with the one in --out, if there is one")
+    g.add_argument("--save-every", type=positive, default=10.0, metavar="MINUTES", help="save last.pt within epochs too (default: %(default)s)")
+    # argparse fills in a default only where the namespace has no value yet: None marks what was not given.
+    defaults = vars(p.parse_args([]))
+    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("resume") == "auto" and "out" not in given:
+        p.error("--resume auto needs --out DIR")
+    return {**defaults, **given}, given
+
+
+def decide(s):
+    """Fill in, in place, what depends on other settings."""
+    for name, value in (SPIKFORMER_RECIPE if s["arch"] == "spikformer" else RESNET_RECIPE).items():
+        s[name] = value if s[name] is None else s[name]
+    on_cuda = s["device"].startswith("cuda")
+    s["amp"] = on_cuda if s["amp"] is None else s["amp"]
+    s["image_size"] = s["image_size"] or (224 if s["dataset"] == "imagenet" else 32)
+
+
+def open_run(s, given):
+    """The folder of the run and, when resuming, its checkpoint and settings. Refuses to overwrite another run."""
+    if s["resume"] and (s["resume"] != "auto" or (pathlib.Path(s["out"]) / "last.pt").exists()):
+        out = pathlib.Path(s["out"] if s["resume"] == "auto" else s["resume"])
+        checkpoint = load_checkpoint(out / "last.pt")
+        for name in FIXED:
+            if name in given and given[name] != checkpoint["settings"][name]:
+                raise UserError(f"the run in {out} has --{name} {checkpoint['settings'][name]}, not {given[name]}: "
+                                "leave the flag out, or start a new run")
+        changed = {k: v for k, v in given.items() if checkpoint["settings"].get(k) != v and k not in ("out", "resume")}
+        return out, checkpoint, {**checkpoint["settings"], **given}, changed
+    name = f"{s['dataset']}-{s['arch']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    out = pathlib.Path(s["out"] or pathlib.Path("runs") / name)
+    if (out / "last.pt").exists():
+        raise UserError(f"{out} holds a run already: add --resume auto to go on with it, or give another --out")
+    return out, None, s, {}
+
+
+def lock(out):
+    """Hold DIR/.lock until this process ends, so that no second run writes into the same folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is training into {out}: give another --out") from error
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}") from error
+    return file
+
+
+def make_optimizer(model, s):
+    """Weight decay on weight matrices and kernels only: it would pull thresholds, decays and BatchNorm to no purpose."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": s["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+    if s["optimizer"] == "adamw":
+        return torch.optim.AdamW(groups, lr=s["lr"], fused=True)
+    return torch.optim.SGD(groups, lr=s["lr"], momentum=0.9, nesterov=True, fused=True)
+
+
+def learning_rate(step, steps, s):
+    warmup = s["warmup"] * steps
+    if step < warmup:
+        return s["lr"] * (step + 1) / math.ceil(warmup)
+    return s["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def loss_of(model, x, y, s, key):
+    """Cross-entropy on the mean of the logits over T, with mixup if asked for; and how many predictions are right."""
+    mixed, weight = x, 1.0
+    if s["mixup"]:
+        weight = float(np.random.default_rng(key).beta(s["mixup"], s["mixup"]))
+        mixed = weight * x + (1 - weight) * x.flip(0)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=s["amp"]):
+        logits = model(mixed)
+    logits = logits.float().mean(0)
+    loss = weight * F.cross_entropy(logits, y, label_smoothing=s["label_smoothing"])
+    if s["mixup"]:
+        loss = loss + (1 - weight) * F.cross_entropy(logits, y.flip(0), label_smoothing=s["label_smoothing"])
+    return loss, (logits.argmax(1) == y).sum()
+
+
+def first_bad_layer(model, x):
+    """The name of the first layer, in the order of computation, whose weights or output are not finite."""
+    found = []
+
+    def look(name):
+        def hook(module, inputs, output):
+            tensors = (output, *module.parameters(recurse=False), *module.buffers(recurse=False))
+            if not found and not all(t.isfinite().all() for t in tensors):
+                found.append(f"{name} ({type(module).__name__})")
+        return hook
+    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if not list(m.children())]
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None        # hooks run in the plain network only
+    with torch.no_grad():
+        model(x)
+    model._compiled_call_impl = compiled
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else "none: the loss itself overflows"
+
+
+def duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+
+
+class Interrupt:
+    """Remembers SIGTERM and SIGINT, so that the training loop can finish its step and save."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if self.signal is not None:                              # asked twice: leave at once
+            sys.exit(128 + number)
+        self.signal = number
+
+
+def main(argv=None):
+    s, given = settings(argv)
+    out, checkpoint, s, changed = open_run(s, given)
+    decide(s)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = print if rank == 0 else lambda *_, **__: None
+    if s["batch_size"] % (world * s["accumulate"]):
+        raise UserError(f"--batch-size {s['batch_size']} does not divide by {world} processes x --accumulate {s['accumulate']}")
+    try:
+        device = torch.device(s["device"])
+        if device.type == "cuda" and world > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {s['device']} cannot be used here: {data.first_line(error)}") from error
+    torch.manual_seed(s["seed"])
+    torch.set_float32_matmul_precision("high")                   # TF32 where bfloat16 is off
+    torch.backends.cudnn.benchmark = True
+
+    dataset = data.load(s["dataset"], s["data_dir"], s["image_size"], s["workers"])
+    if s["limit"]:
+        if s["limit"] > len(dataset):
+            raise UserError(f"--limit {s['limit']} is more than the {len(dataset)} training images of {s['dataset']}")
+        dataset.limit(s["limit"])
+    steps = len(dataset) // s["batch_size"]
+    if steps == 0:
+        raise UserError(f"--batch-size {s['batch_size']} is larger than the data set of {len(dataset)} training images")
+    dataset.cutout = s["cutout"]
+    dataset.to(device)
+
+    network = dict(arch=s["arch"], num_classes=len(dataset.classes), timesteps=s["timesteps"], in_channels=dataset.channels,
+                   width=s["width"], threshold=s["threshold"], tau=s["tau"], mp_init=s["mp_init"],
+                   surrogate=s["surrogate"], learnable=not s["fixed_neuron"])
+    try:
+        model = models.build(**network).to(device, memory_format=torch.channels_last)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    optimizer = make_optimizer(model, s)
+    # The scaler multiplies by 1: it is here because it skips a step whose gradients are not finite, on the device and
+    # without waiting for it, so that the weights survive a divergence.
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
+    epoch, step, best, rows, spent = 0, 0, 0.0, [], 0.0
+    totals = torch.zeros(3, device=device)                       # of this epoch: loss, right, images
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{out / 'last.pt'} does not fit these settings: {data.first_line(error)}") from error
+        for group, fresh in zip(optimizer.param_groups, make_optimizer(model, s).param_groups):
+            group["weight_decay"] = fresh["weight_decay"]        # a flag given anew counts
+        scaler.load_state_dict(checkpoint["scaler"])
+        epoch, step, best, rows, spent = (checkpoint[k] for k in ("epoch", "step", "best", "rows", "seconds"))
+        totals = checkpoint["totals"].to(device)
+    neuron.COMPILE = s["compile"] is not False
+    if s["compile"] or (s["compile"] is None and device.type == "cuda"):
+        models.compile_model(model)
+    trained = model
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if s["sync_bn"]:
+            trained = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        trained = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    held = lock(out) if rank == 0 else None                      # noqa: F841 (the lock lives as long as the name)
+
+    say(f"network   {s['arch']}, width {s['width']}, T = {s['timesteps']}, {sum(p.numel() for p in model.parameters()):,d} parameters, "
+        f"{sum(isinstance(m, neuron.TrLIF) for m in model.modules())} neuron layers: theta {s['threshold']:g}, tau {s['tau']:g}"
+        f"{' (fixed)' if s['fixed_neuron'] else ''}, MP-Init {s['mp_init']}, surrogate {s['surrogate']}")
+    say(f"data      {s['dataset']}, {len(dataset):,d} training images of {dataset.size[0]}x{dataset.size[1]}, {len(dataset.classes)} classes"
+        + ("  (drawn shapes: a smoke test, no benchmark)" if s["dataset"].startswith("shapes") else ""))
+    say(f"recipe    {s['epochs']} epochs of {steps} steps of {s['batch_size']}, {s['optimizer']}, lr {s['lr']:g}, warm-up {100 * s['warmup']:.0f} %, "
+        f"cosine to 0, weight decay {s['weight_decay']:g}, label smoothing {s['label_smoothing']:g}, mixup {s['mixup']:g}, cutout {s['cutout']}, seed {s['seed']}")
+    say(f"machine   {world} x {device}, {'bfloat16' if s['amp'] else 'float32'}, writing to {out}")
+    if checkpoint:
+        say(f"resumed   at epoch {epoch + 1}, step {step}" + "".join(f"; --{k.replace('_', '-')} is now {v}" for k, v in changed.items()))
+
+    def save(name):
+        state = dict(format=FORMAT, network=network, model=model.state_dict(), settings=s, epoch=epoch, step=step, best=best,
+                     rows=rows, seconds=spent + time.perf_counter() - start, totals=totals, optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict(), data=dict(name=s["dataset"], mean=dataset.mean, std=dataset.std, image_size=s["image_size"]))
+        data.write_atomically(out / name, lambda file: torch.save(state, file))
+
+    def stop_if_bad(x):
+        if not math.isfinite(totals[0].item()) or scaler.get_scale() != 1:
+            layer = first_bad_layer(model, x)
+            raise UserError(f"the loss or a gradient became NaN or infinite in epoch {epoch + 1}, by step {step}, learning rate "
+                            f"{rate:.3g}; first layer with such values: {layer}. {out / 'last.pt'} holds the last good state; try a lower --lr")
+
+    interrupt, start = Interrupt(), time.perf_counter()
+    saved = printed = start
+    done_before = epoch * steps + step
+    while epoch < s["epochs"]:
+        model.train()
+        epoch_start, first_step = time.perf_counter(), step
+        for x, y in dataset.train(s["batch_size"], s["seed"], epoch, step, rank, world):
+            rate = learning_rate(epoch * steps + step, s["epochs"] * steps, s)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            for i, (xs, ys) in enumerate(zip(x.chunk(s["accumulate"]), y.chunk(s["accumulate"]))):
+                last = i == s["accumulate"] - 1
+                with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
+                    loss, right = loss_of(trained, xs, ys, s, (s["seed"], epoch, step, i))
+                    scaler.scale(loss / s["accumulate"]).backward()
+                totals += torch.stack([loss.detach() * len(ys), right.float(), torch.full_like(loss.detach(), len(ys))])
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            now = time.perf_counter()
+            if now - printed > 10:                               # the only time the host waits for the device in an epoch
+                printed = now
+                stop_if_bad(x)
+                part = (epoch * steps + step - done_before) / (s["epochs"] * steps - done_before)
+                say(f"  epoch {epoch + 1}/{s['epochs']}, step {step}/{steps}: loss {totals[0] / totals[2]:.3f}, accuracy {100 * totals[1] / totals[2]:.1f} %, "
+                    f"{(step - first_step) * s['batch_size'] / (now - epoch_start):.0f} images/s, {duration((now - start) * (1 / part - 1))} left", flush=True)
+            if interrupt.signal or now - saved > 60 * s["save_every"]:
+                stop_if_bad(x)
+                if rank == 0:
+                    save("last.pt")
+                saved = time.perf_counter()
+                if interrupt.signal:
+                    say(f"stopped by {signal.Signals(interrupt.signal).name} in epoch {epoch + 1} after step {step}: go on with --resume {out}")
+                    sys.exit(128 + interrupt.signal)
+        stop_if_bad(x)
+        if world > 1:
+            dist.all_reduce(totals)
+        train_seconds = time.perf_counter() - epoch_start
+        loss, right, images = totals.tolist()
+        test = evaluate(model, dataset.test(s["batch_size"] // world, rank, world), s["amp"])
+        rows.append(dict(epoch=epoch + 1, lr=f"{rate:.6g}", train_loss=f"{loss / images:.5f}", train_acc=f"{right / images:.5f}",
+                         **{f"test_acc_t{t}": f"{a:.5f}" for t, a in enumerate(test["top1_at"], 1)},
+                         images_per_s=f"{(steps - first_step) * s['batch_size'] / train_seconds:.1f}",
+                         seconds=f"{spent + time.perf_counter() - start:.1f}"))
+        say(f"epoch {epoch + 1}/{s['epochs']}: loss {loss / images:.4f}, accuracy {100 * right / images:.2f} %, test {100 * test['top1']:.2f} % "
+            f"({', '.join(f't={t} {100 * a:.2f}' for t, a in enumerate(test['top1_at'], 1))}), {rows[-1]['images_per_s']} images/s, "
+            f"{duration((time.perf_counter() - start) * ((s['epochs'] * steps - done_before) / ((epoch + 1) * steps - done_before) - 1))} left", flush=True)
+        epoch, step, better = epoch + 1, 0, test["top1"] > best
+        best = max(best, test["top1"])
+        totals.zero_()
+        if rank == 0:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+            data.write_atomically(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+            if better:
+                save("best.pt")
+            save("last.pt")
+        saved = time.perf_counter()
+    say(f"done: {s['arch']} on {s['dataset']}, T = {s['timesteps']}: test accuracy {100 * float(rows[-1]['test_acc_t' + str(s['timesteps'])]):.2f} %, best {100 * best:.2f} %, "
+        f"{duration(spent + time.perf_counter() - start)}, {out}")
+
+
+if __name__ == "__main__":
+    run(main, "train.py")
