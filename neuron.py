@@ -192,7 +192,7 @@ class TrLIF(nn.Module):
         if dist.is_available() and dist.is_initialized():        # every process sees a part of the batch: sum first,
             dist.all_reduce(statistic)                           # divide after, and N processes equal one
         total, count = statistic.to(self.v_init.dtype)
-        beta = self.momentum * (count > 0)
+        beta = self.momentum * (count > 0).to(count.dtype)
         self.v_init.lerp_(total / count.clamp(min=1), beta)
 
     def extra_repr(self):
