@@ -96,7 +96,7 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     checkpoint = load_checkpoint(args.checkpoint)
-    model = build_network(checkpoint, args.checkpoint).to(args.device, memory_format=torch.channels_last)
+    model = build_network(checkpoint, args.checkpoint).to(args.device, memory_format=data.memory_format(args.device))
     network = checkpoint["network"]
     model.timesteps = args.timesteps or network["timesteps"]
     dataset = test_data(checkpoint, args.data_dir, args.workers).to(args.device)
@@ -117,6 +117,9 @@ def run(main, program):
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -174,13 +174,12 @@ class TrLIF(nn.Module):
             raise ValueError("TrLIF's input current holds NaN or infinity")
 
         # Neurons do not interact, so the loop sees them as [T, N], listed as they lie in memory: contiguous and
-        # channels_last inputs are both views, and one compiled kernel serves every shape. The kernel gets a copy of
-        # v_init: backward needs the value from before the update below.
+        # channels_last inputs are both views, and one compiled kernel serves every shape.
         order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
         if not x.permute(0, *order)[0].is_contiguous():
             order, x = list(range(1, x.dim())), x.contiguous()
         listed = x.permute(0, *order)
-        spikes, statistic = _run(listed.flatten(1), self.v_init.clone(), self.threshold, self.decay, self.surrogate,
+        spikes, statistic = _run(listed.flatten(1), self.v_init, self.threshold, self.decay, self.surrogate,
                                  self.mp_init if self.training else "off")
         if statistic is not None:
             self._update_v_init(statistic)
@@ -193,7 +192,8 @@ class TrLIF(nn.Module):
             dist.all_reduce(statistic)                           # divide after, and N processes equal one
         total, count = statistic.to(self.v_init.dtype)
         beta = self.momentum * (count > 0).to(count.dtype)
-        self.v_init.lerp_(total / count.clamp(min=1), beta)
+        # A new tensor, not lerp_ in place: the backward pass still to come runs the loop again from the old value.
+        self.v_init = self.v_init.lerp(total / count.clamp(min=1), beta)
 
     def extra_repr(self):
         return (f"threshold={self.threshold.item():.4g}, tau={self.tau.item():.4g}, v_init={self.v_init.item():.4g}, "

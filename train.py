@@ -32,7 +32,7 @@ from data import UserError
 from eval import FORMAT, evaluate, load_checkpoint, run
 
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
-RESNET_RECIPE = dict(optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0)
+RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0)
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5)
 FIXED = ("dataset", "arch", "timesteps", "width")                # what a resumed run may not change
 
@@ -72,7 +72,7 @@ def settings(argv=None):
     g.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, help="processes that decode images (default: %(default)s)")
     g = p.add_argument_group("recipe ('by arch': decided by --arch and printed at the start)")
     g.add_argument("--epochs", type=count, default=100, help="(default: %(default)s)")
-    g.add_argument("--batch-size", type=count, default=128, help="images a step, over all processes together (default: %(default)s)")
+    g.add_argument("--batch-size", type=count, default=64, help="images a step, over all processes together (default: %(default)s)")
     g.add_argument("--accumulate", type=count, default=1, metavar="N", help="compute a step in N parts to save memory; BatchNorm and MP-Init then see the parts (default: %(default)s)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD with Nesterov momentum 0.9, or AdamW (by arch)")
     g.add_argument("--lr", type=positive, help="peak learning rate: linear warm-up to it, then a cosine to 0 (by arch)")
@@ -117,7 +117,7 @@ def open_run(s, given):
                 raise UserError(f"the run in {out} has --{name} {checkpoint['settings'][name]}, not {given[name]}: "
                                 "leave the flag out, or start a new run")
         changed = {k: v for k, v in given.items() if checkpoint["settings"].get(k) != v and k not in ("out", "resume")}
-        return out, checkpoint, {**checkpoint["settings"], **given}, changed
+        return out, checkpoint, {**checkpoint["settings"], "device": s["device"], **given}, changed
     name = f"{s['dataset']}-{s['arch']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     out = pathlib.Path(s["out"] or pathlib.Path("runs") / name)
     if (out / "last.pt").exists():
@@ -139,10 +139,13 @@ def lock(out):
 
 
 def make_optimizer(model, s):
-    """Weight decay on weight matrices and kernels only: it would pull thresholds, decays and BatchNorm to no purpose."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": s["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+    """Weights decay; biases and BatchNorm do not. Thresholds and decays neither, and they learn at a tenth of the rate:
+    each gathers the gradients of a whole layer of neurons, and a full step would throw it far."""
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in learnt if p.dim() > 1], "weight_decay": s["weight_decay"], "rate": 1.0},
+              {"params": [p for p in learnt if p.dim() == 1], "weight_decay": 0.0, "rate": 1.0},
+              {"params": [p for p in learnt if p.dim() == 0], "weight_decay": 0.0, "rate": 0.1}]
+    groups = [group for group in groups if group["params"]]      # there is no third with --fixed-neuron
     if s["optimizer"] == "adamw":
         return torch.optim.AdamW(groups, lr=s["lr"], fused=True)
     return torch.optim.SGD(groups, lr=s["lr"], momentum=0.9, nesterov=True, fused=True)
@@ -198,12 +201,12 @@ class Interrupt:
     """Remembers SIGTERM and SIGINT, so that the training loop can finish its step and save."""
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.process = None, os.getpid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        if self.signal is not None:                              # asked twice: leave at once
+        if self.signal is not None or os.getpid() != self.process:   # asked twice, or a loader's worker: leave at once
             sys.exit(128 + number)
         self.signal = number
 
@@ -243,7 +246,7 @@ def main(argv=None):
                    width=s["width"], threshold=s["threshold"], tau=s["tau"], mp_init=s["mp_init"],
                    surrogate=s["surrogate"], learnable=not s["fixed_neuron"])
     try:
-        model = models.build(**network).to(device, memory_format=torch.channels_last)
+        model = models.build(**network).to(device, memory_format=data.memory_format(device))
     except ValueError as error:
         raise UserError(str(error)) from error
     optimizer = make_optimizer(model, s)
@@ -263,14 +266,15 @@ def main(argv=None):
         scaler.load_state_dict(checkpoint["scaler"])
         epoch, step, best, rows, spent = (checkpoint[k] for k in ("epoch", "step", "best", "rows", "seconds"))
         totals = checkpoint["totals"].to(device)
+        step = min(step * checkpoint["settings"]["batch_size"] // s["batch_size"], steps)
     neuron.COMPILE = s["compile"] is not False
+    trained = model
+    if s["sync_bn"]:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if s["compile"] or (s["compile"] is None and device.type == "cuda"):
         models.compile_model(model)
-    trained = model
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if s["sync_bn"]:
-            trained = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         trained = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     held = lock(out) if rank == 0 else None                      # noqa: F841 (the lock lives as long as the name)
 
@@ -294,11 +298,12 @@ def main(argv=None):
     def stop_if_bad(x):
         if not math.isfinite(totals[0].item()) or scaler.get_scale() != 1:
             layer = first_bad_layer(model, x)
+            kept = f"{out / 'last.pt'} holds the last good state" if (out / "last.pt").exists() else "nothing was saved yet"
             raise UserError(f"the loss or a gradient became NaN or infinite in epoch {epoch + 1}, by step {step}, learning rate "
-                            f"{rate:.3g}; first layer with such values: {layer}. {out / 'last.pt'} holds the last good state; try a lower --lr")
+                            f"{rate:.3g}; first layer with such values: {layer}; {kept}; try a lower --lr")
 
     interrupt, start = Interrupt(), time.perf_counter()
-    saved = printed = start
+    saved, printed, stopping = start, start, 0
     done_before = epoch * steps + step
     while epoch < s["epochs"]:
         model.train()
@@ -306,7 +311,7 @@ def main(argv=None):
         for x, y in dataset.train(s["batch_size"], s["seed"], epoch, step, rank, world):
             rate = learning_rate(epoch * steps + step, s["epochs"] * steps, s)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate"]
             optimizer.zero_grad(set_to_none=True)
             for i, (xs, ys) in enumerate(zip(x.chunk(s["accumulate"]), y.chunk(s["accumulate"]))):
                 last = i == s["accumulate"] - 1
@@ -324,14 +329,19 @@ def main(argv=None):
                 part = (epoch * steps + step - done_before) / (s["epochs"] * steps - done_before)
                 say(f"  epoch {epoch + 1}/{s['epochs']}, step {step}/{steps}: loss {totals[0] / totals[2]:.3f}, accuracy {100 * totals[1] / totals[2]:.1f} %, "
                     f"{(step - first_step) * s['batch_size'] / (now - epoch_start):.0f} images/s, {duration((now - start) * (1 / part - 1))} left", flush=True)
-            if interrupt.signal or now - saved > 60 * s["save_every"]:
+            if world > 1 and step % 10 == 0:                     # all processes have to stop after the same step
+                dist.all_reduce(stop := torch.tensor(interrupt.signal or 0, device=device), dist.ReduceOp.MAX)
+                stopping = stop.item()
+            elif world == 1:
+                stopping = interrupt.signal
+            if stopping or now - saved > 60 * s["save_every"]:
                 stop_if_bad(x)
                 if rank == 0:
                     save("last.pt")
                 saved = time.perf_counter()
-                if interrupt.signal:
-                    say(f"stopped by {signal.Signals(interrupt.signal).name} in epoch {epoch + 1} after step {step}: go on with --resume {out}")
-                    sys.exit(128 + interrupt.signal)
+                if stopping:
+                    say(f"stopped by {signal.Signals(stopping).name} in epoch {epoch + 1} after step {step}: go on with --resume {out}")
+                    sys.exit(128 + stopping)
         stop_if_bad(x)
         if world > 1:
             dist.all_reduce(totals)
