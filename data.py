@@ -244,7 +244,8 @@ def every(loader):
 def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split="first100", bin_by="count"):
     """Read, download or draw a data set. Raises UserError with what to do where that is not possible.
 
-    timesteps, bin_by: frames a recording of events is cut into, and how (bin_events); dvs_split: see make_frames.
+    timesteps, bin_by: frames a recording of events is cut into, and how (bin_events). dvs_split: the test set is
+    "first100", the recordings 0-99 of each class (of shapes-dvs 0-19), or "random", a tenth of each, always the same.
     """
     root = pathlib.Path(data_dir)
     if name not in DATASETS:
@@ -334,34 +335,33 @@ def draw_shapes(n, seed, size=32):
     rng.shuffle(labels)
     radius = rng.uniform(0.25, 0.45, (n, 1, 1)) * size
     centre = radius + rng.uniform(0, 1, (2, n, 1, 1)) * (size - 2 * radius)
-    masks = shape_masks(size, centre, radius, rng.uniform(0, 1, (2, n, 1, 1)))
-    mask = np.zeros((n, size, size), bool)
-    for label, drawn in enumerate(masks):
-        mask |= drawn & (labels == label)[:, None, None]
+    phase, mask = rng.uniform(0, 1, (2, n, 1, 1)), np.zeros((n, size, size), bool)
+    for label in range(10):
+        own = labels == label
+        mask[own] = shape_masks(size, centre[:, own], radius[own], phase[:, own], label)
     ground = rng.uniform(40, 215, (n, 1, 1, 3))
     paint = (ground + rng.choice([-1, 1], (n, 1, 1, 3)) * rng.uniform(60, 110, (n, 1, 1, 3))) % 256
     image = np.where(mask[..., None], paint, ground) + rng.normal(0, 12, (n, size, size, 3))
     return image.clip(0, 255).astype(np.uint8), labels
 
 
-def shape_masks(size, centre, radius, phase):
-    """For each of the ten SHAPES bool [n, size, size]: the pixels it covers. centre and phase [2, n, 1, 1], radius [n, 1, 1]."""
+def shape_masks(size, centre, radius, phase, label):
+    """The pixels, bool [n, size, size], that a shape covers: centre and phase [2, n, 1, 1], radius [n, 1, 1]."""
     y, x = ((np.arange(size).reshape(shape) + 0.5 - c) / radius                      # the shape reaches from -1 to 1
             for shape, c in (((1, size, 1), centre[0]), ((1, 1, size), centre[1])))
     box, distance = np.maximum(abs(x), abs(y)), np.hypot(x, y)
     bands = [np.floor(2 * axis + p) % 2 == 0 for axis, p in ((y, phase[0]), (x, phase[1]))]
-    return [distance < 1, (distance < 1) & (distance > 0.6), box < 0.85, (box < 0.9) & (box > 0.55),
-            (y < 0.8) & (y > 2 * abs(x) - 0.9), (box < 1) & (np.minimum(abs(x), abs(y)) < 0.25),
-            (box < 0.9) & (abs(abs(x) - abs(y)) < 0.3), bands[0] & (box < 1), bands[1] & (box < 1),
-            (bands[0] ^ bands[1]) & (box < 1)]
+    return [lambda: distance < 1, lambda: (distance < 1) & (distance > 0.6), lambda: box < 0.85,
+            lambda: (box < 0.9) & (box > 0.55), lambda: (y < 0.8) & (y > 2 * abs(x) - 0.9),
+            lambda: (box < 1) & (np.minimum(abs(x), abs(y)) < 0.25), lambda: (box < 0.9) & (abs(abs(x) - abs(y)) < 0.3),
+            lambda: bands[0] & (box < 1), lambda: bands[1] & (box < 1), lambda: (bands[0] ^ bands[1]) & (box < 1)][label]()
 
 
 # ---- events
-# Pixels of the sensor, side of the frames made of them, and the value that stands for one event per pixel. A mean over an
-# area is a fraction: in sixteenths it stays exact enough, and the most that uint8 holds is 15.9 events per pixel and frame.
+# Pixels of the sensor, side of the frames, and the value that stands for one event per pixel. A mean over an area is a
+# fraction: in sixteenths it stays exact enough, and uint8 still holds 15.9 events per pixel and frame.
 SENSORS = {"cifar10-dvs": (128, 48, 16), "nmnist": (34, 34, 1), "shapes-dvs": (128, 32, 16)}
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-MOST_EVENTS = 2 ** 31
 
 
 @functools.lru_cache(16)
@@ -370,65 +370,62 @@ def archive(path, pid):
     return zipfile.ZipFile(path)
 
 
-def read_bytes(path, member=None, most=-1):
-    """The first `most` bytes (-1: all) of a file, or of a member of the zip archive path, and the size of the whole."""
-    name = f"{path}: {member}" if member else path
+def read_bytes(path, most=-1):
+    """The first `most` bytes (-1: all) of a file, or of a member of an archive (some.zip/member); its size; its version."""
+    packed, dot_zip, member = str(path).rpartition(".zip/")
+    packed += ".zip"
     try:
-        size = archive(path, os.getpid()).getinfo(member).file_size if member else os.path.getsize(path)
-        if size > 8 * MOST_EVENTS:
-            raise UserError(f"{name} claims {size:,d} bytes, more than 2^31 events: it is damaged, replace it")
-        with archive(path, os.getpid()).open(member) if member else open(path, "rb") as file:
-            return file.read(most), size
-    # NotImplementedError, RuntimeError: a compression zipfile does not know, an encrypted member
+        if dot_zip and os.path.isfile(packed):
+            info = archive(packed, os.getpid()).getinfo(member)
+            file, size, version = archive(packed, os.getpid()).open(info), info.file_size, info.CRC
+        else:
+            file = open(path, "rb")
+            size, version = os.path.getsize(path), os.stat(path).st_mtime_ns
+        with file:
+            if size > 8 * 2 ** 31:
+                raise UserError(f"{path} claims {size:,d} bytes, more than 2^31 events: replace it by the original")
+            return file.read(most), size, version
+    # RuntimeError: an encrypted member, or a compression that zipfile does not know
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{name} cannot be read, replace it: {first_line(error)}") from error
+        raise UserError(f"{path} cannot be read, replace it by the original: {first_line(error)}") from error
 
 
-def aedat_start(raw, size, name):
-    """Where the events begin in an AEDAT 2.0 recording of size bytes whose beginning is raw: after the lines with '#'."""
-    start = re.match(rb"(?:#[^\n]*\n)*", raw).end()
-    fault = ("is empty" if size == 0 else
-             "is a zip archive in the place of a recording" if raw[:2] == b"PK" else
-             "is not an AEDAT 2.0 recording" if raw[:1] != b"#" or raw[:9] == b"#!AER-DAT" and raw[9:11] != b"2." else
-             "" if start == len(raw) < size or raw[start:start + 1] == b"#" and len(raw) < size else     # a very long header
-             "holds a header and no events" if start == size or raw[start:start + 1] == b"#" else
-             "ends in the middle of an event" if (size - start) % 8 else "")
+def events_start(raw, size, path, event_bytes):
+    """Where the events begin in a recording of size bytes that starts with raw: in AEDAT, after the lines with '#'."""
+    start = re.match(rb"(?:#[^\n]*\n)*", raw).end() if event_bytes == 8 else 0
+    fault = ("is empty" if size == 0 else "is a zip archive in the place of a recording" if raw[:2] == b"PK" else
+             "is no AEDAT 2.0 recording" if event_bytes == 8 and not re.match(b"#!AER-DAT2|#(?!!AER-DAT)", raw) else
+             "holds no events" if raw[start:start + 1] in (b"", b"#") else
+             "ends in the middle of an event" if (size - start) % event_bytes else None)
     if fault:
-        raise UserError(f"{name} {fault}: replace it by the original")
+        raise UserError(f"{path} {fault}: replace it by the original")
     return start
 
 
-def read_aedat(path, member=None):
-    """The events of an AEDAT 2.0 recording of a DVS128: t int64 in microseconds, x, y, p int16 [N] each.
+def read_aedat(path):
+    """The events of an AEDAT 2.0 recording of a DVS128, in file order: t int64 [N] in microseconds; x, y, p int16 [N].
 
-    x column, y row, both 0..127 in the orientation that everyone's frames have, p polarity, 1 = ON. In file order. member: its name
-    where path is a zip archive. A clock of 32 bits that wraps is continued. UserError for a file that holds anything else.
+    x column and y row, 0..127, in the orientation everyone's frames have; p polarity, 1 = ON. A 32-bit clock that wraps goes
+    on. path may lead into a zip archive (some.zip/member). UserError for a file that is anything else.
     """
-    raw, size = read_bytes(path, member)
-    name = f"{path}: {member}" if member else path
-    events = np.frombuffer(raw, ">u4", offset=aedat_start(raw, len(raw), name)).reshape(-1, 2)
-    if (highest := events[:, 0].max()) > 0x7FFF:
-        raise UserError(f"{name} holds the address {highest:#x}, out of range for 128x128 pixels: not a DVS128's, or damaged; replace it")
+    raw, size, _ = read_bytes(path)
+    events = np.frombuffer(raw, ">u4", offset=events_start(raw, size, path, 8)).reshape(-1, 2)
+    if events[:, 0].max() > 0x7FFF:
+        raise UserError(f"{path} holds the address {events[:, 0].max():#x}, beyond the 128x128 pixels of a DVS128: replace it by the original")
     address, t = events[:, 0].astype(np.int16), events[:, 1].astype(np.int64)
-    if (t[1:] < t[:-1]).any():                                   # the difference modulo 2^32 that is nearest to 0
+    if (t[1:] < t[:-1]).any():                                   # of the differences modulo 2^32 the one nearest to 0
         t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
     return t, 127 - (address >> 8), 127 - (address >> 1 & 127), 1 - (address & 1)
 
 
 def read_nmnist(path):
-    """The events of an N-MNIST recording, 40 bits each (x 8, y 8, polarity 1, microseconds 23): t int64; x, y, p int16 [N]."""
-    raw, size = read_bytes(path)
-    check_nmnist(len(raw), path)
-    b = np.frombuffer(raw, np.uint8).reshape(-1, 5)
-    if b[:, :2].max() >= 34:
-        raise UserError(f"{path} holds the address x {b[:, 0].max()}, y {b[:, 1].max()}, out of range for 34x34 pixels: replace it")
-    t = (b[:, 2] & 127).astype(np.int64) << 16 | b[:, 3].astype(np.int64) << 8 | b[:, 4]
-    return t, *(v.astype(np.int16) for v in (b[:, 0], b[:, 1], b[:, 2] >> 7))
-
-
-def check_nmnist(size, name):
-    if size == 0 or size % 5:
-        raise UserError(f"{name} {'ends in the middle of an event' if size else 'is empty'}: replace it by the original")
+    """The events of an N-MNIST recording (x 8 bits, y 8, polarity 1, microseconds 23), as read_aedat's; x and y 0..33."""
+    raw, size, _ = read_bytes(path)
+    events_start(raw, size, path, 5)
+    b = np.frombuffer(raw, np.uint8).reshape(-1, 5).astype(np.int64).T
+    if b[:2].max() > 33:
+        raise UserError(f"{path} holds an address x {b[0].max()}, y {b[1].max()}, beyond 34x34 pixels: replace it by the original")
+    return (b[2] & 127) << 16 | b[3] << 8 | b[4], *(v.astype(np.int16) for v in (b[0], b[1], b[2] >> 7))
 
 
 def bin_events(t, x, y, p, frames, height, width, by="count"):
@@ -442,15 +439,14 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
         raise ValueError(f"by must be 'count' or 'time' and frames at least 1, not {by!r} and {frames}")
     if n and not all(0 <= v.min() and v.max() < end for v, end in ((x, width), (y, height), (p, 2))):
         raise ValueError(f"events outside of 2 x {height} x {width}")
-    if by == "count" or n == 0:
-        edges = n // frames * np.arange(frames + 1)
-    else:
+    edges = n // frames * np.arange(frames + 1)
+    if by == "time" and n:
         if (t[1:] < t[:-1]).any():
             order = np.argsort(t, kind="stable")
             t, x, y, p = (v[order] for v in (t, x, y, p))
         edges = np.searchsorted(t, t[0] + max((t[-1] - t[0]) // frames, 1) * np.arange(frames + 1))
     edges[-1] = n
-    place = p.astype(np.int64)                                   # (p * height + y) * width + x
+    place = p.astype(np.int64)
     for length, v in ((height, y), (width, x)):
         place *= length
         place += v
@@ -462,153 +458,132 @@ def area_mean(frames, size):
     """[..., n, n] -> float32 [..., size, size]: means over areas of n/size x n/size pixels, cut ones counting in part."""
     n = frames.shape[-1]
     low, pixel = np.arange(size)[:, None] * n / size, np.arange(n)
-    overlap = (np.minimum(low + n / size, pixel + 1) - np.maximum(low, pixel)).clip(0).astype(np.float32) * np.float32(size / n)
-    return overlap @ frames.astype(np.float32) @ overlap.T
+    part = (np.minimum(low + n / size, pixel + 1) - np.maximum(low, pixel)).clip(0).astype(np.float32) * np.float32(size / n)
+    return part @ frames.astype(np.float32) @ part.T
 
 
-def frames_of(recording, name, timesteps, by):
-    """uint8 [T, 2, size, size] of one recording: events per pixel, times what SENSORS says."""
+def write_part(recordings, name, timesteps, by, folder):
+    """Frames uint8 [n, T, 2, size, size] of some recordings, in a file named after them and their versions; its path."""
+    path = folder / f"{zlib.crc32(repr(recordings).encode()):08x}.npy"
     pixels, size, scale = SENSORS[name]
-    events = read_nmnist(recording[0]) if name == "nmnist" else read_aedat(*recording[:2])
-    frames = bin_events(*events, timesteps, pixels, pixels, by)
-    frames = frames if size == pixels else area_mean(frames, size)
-    return np.rint(np.minimum(frames * scale, 255.0)).astype(np.uint8)
-
-
-def make_part(chunk, folder, **how):
-    """Write the frames of some recordings, unless that was done before. Named after all that decides what is in it."""
-    path = folder / f"{zlib.crc32(repr(chunk).encode()):08x}-{len(chunk)}.npy"
     if not path.exists():
-        frames = np.stack([frames_of(recording, **how) for recording in chunk])
-        write_atomically(path, lambda file: np.save(file, frames, allow_pickle=False))
+        read, made = read_nmnist if name == "nmnist" else read_aedat, []
+        for recording in recordings:
+            frames = bin_events(*read(recording[2]), timesteps, pixels, pixels, by)
+            frames = frames if size == pixels else area_mean(frames, size)
+            made.append(np.rint(np.minimum(frames * float(scale), 255)).astype(np.uint8))
+        write_atomically(path, lambda file: np.save(file, np.stack(made), allow_pickle=False))
     return path
 
 
 def find_recordings(name, folder, classes):
-    """All recordings as (path, member or None, label, number, size, mark of its version), checked as far as a look tells."""
-    found, missing = [], []
+    """All recordings as sorted (label, number, path, version), checked as far as size and beginning tell."""
+    found = []
     for label, c in enumerate(classes):
+        before, packed = len(found), folder / f"{c}.zip"
         if name == "nmnist":
-            paths = [(str(p), None) for part in ("Train", "Test") for p in (folder / part / c).glob("*.bin")]
-        elif (folder / c).is_dir():
-            paths = [(str(p), None) for p in (folder / c).glob("*.aedat")]
+            paths = [p for part in ("Train", "Test") for p in (folder / part / c).glob("*.bin")]
+        elif (folder / c).is_dir() or not packed.exists():
+            paths = (folder / c).glob("*.aedat")
         else:
-            packed = str(folder / f"{c}.zip")
             try:
-                paths = [(packed, m) for m in archive(packed, os.getpid()).namelist()] if os.path.exists(packed) else []
+                paths = [f"{packed}/{member}" for member in archive(str(packed), os.getpid()).namelist()]
             except (OSError, ValueError, zipfile.BadZipFile) as error:
                 raise UserError(f"{packed} is no readable zip archive ({first_line(error)}): download it again") from error
-        for path, member in paths:
-            number = re.search(r"(?:^|/)[^./][^/]*?(\d+)\.aedat$|(\d+)\.bin$", member or path)
-            if number is None:
-                continue                                         # folders and notes in an archive
-            raw, size = read_bytes(path, member, 0 if name == "nmnist" else 16384)
-            check_nmnist(size, path) if name == "nmnist" else aedat_start(raw, size, f"{path}: {member}" if member else path)
-            mark = archive(path, os.getpid()).getinfo(member).CRC if member else os.stat(path).st_mtime_ns
-            found.append((path, member, label, int(number[1] or number[2]), size, mark))
-        if not found or found[-1][2] != label:
-            missing.append(c)
-    if missing:
-        raise UserError(f"{folder} has no recordings of {', '.join(missing)}: " + (
-            f"unpack Train.zip and Test.zip of N-MNIST (Orchard 2015, garrickorchard.com/datasets/n-mnist or "
-            f"data.mendeley.com/datasets/468j46mzdv) there" if name == "nmnist" else
-            f"put the ten zip files of CIFAR10-DVS (Li 2017, figshare.com/articles/dataset/CIFAR10-DVS_New/4724671) there, packed or unpacked"))
-    return sorted(found, key=lambda r: (r[2], r[3], r[0]))
+        for path in map(str, paths):
+            if number := re.search(r"/[^./]*?(\d+)\.(?:aedat|bin)$", path):           # an archive may hold other things
+                raw, size, version = read_bytes(path, 16384)
+                events_start(raw, size, path, 5 if name == "nmnist" else 8)
+                found.append((label, int(number[1]), path, version))
+        if len(found) == before:
+            raise UserError(f"{folder} has no recordings of class {c}: " + (
+                "unpack Train.zip and Test.zip of N-MNIST (Orchard 2015, garrickorchard.com/datasets/n-mnist or "
+                "data.mendeley.com/datasets/468j46mzdv) there" if name == "nmnist" else
+                "put the ten zip files of CIFAR10-DVS (Li 2017, figshare.com/articles/dataset/CIFAR10-DVS_New/4724671) there, packed or unpacked"))
+    return sorted(found)
+
+
+def test_part(recordings, name, split):
+    """bool [N]: which recordings are the test set; see load."""
+    if split == "official":
+        return np.array([pathlib.Path(path).parts[-3] == "Test" for _, _, path, _ in recordings])
+    if split == "first100":                                      # of 1000; the drawn ones are fewer
+        return np.array([number < (20 if name == "shapes-dvs" else 100) for _, number, _, _ in recordings])
+    labels = np.array([recording[0] for recording in recordings])
+    chosen = [np.random.default_rng(c).permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    return np.isin(np.arange(len(labels)), np.concatenate([own[:max(1, len(own) // 10)] for own in chosen]))
 
 
 def load_events(name, folder, workers, timesteps, split, by):
-    """Prepared frames, made first where they are missing, by `workers` processes and in parts that survive an interruption.
-
-    split: "first100", the recordings 0-99 of each class are the test set (0-19 of shapes-dvs), or "random", a tenth of each
-    class drawn from a fixed seed. N-MNIST has its own.
-    """
-    pixels, size, scale = SENSORS[name]
+    """A data set of recordings from its prepared frames. Where they are missing, `workers` processes make them in parts,
+    which survive an interruption."""
+    _, size, scale = SENSORS[name]
+    classes = {"nmnist": list("0123456789"), "shapes-dvs": SHAPES, "cifar10-dvs": CIFAR10}[name]
     split = "official" if name == "nmnist" else split
     made = f"_T{timesteps}_{by}_{size}"
-    suffix = f"{made}_{split}"
-    classes = {"nmnist": list("0123456789"), "shapes-dvs": SHAPES, "cifar10-dvs": CIFAR10}[name]
+    parts, suffix = folder / f".parts{made}", f"{made}_{split}"
     wanted = [folder / f"{part}_{kind}{suffix}.npy" for part in ("train", "test") for kind in ("images", "labels")]
     if not all(path.exists() for path in wanted):
         if name == "shapes-dvs":
             draw_recordings(folder)
         recordings = find_recordings(name, folder, classes)
-        is_test = choose_test(recordings, name, split)
-        if is_test.all() or not is_test.any():
-            raise UserError(f"{folder}: of {len(recordings)} recordings {is_test.sum()} are for the test (split {split}): both sets need some")
+        test = test_part(recordings, name, split)
+        if test.all() or not test.any():
+            raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(recordings)} recordings the test set; "
+                            "training and test need some each: add recordings or choose another --dvs-split")
         try:
-            held = open(folder / ".lock", "w")                   # other processes wait here and find the work done
-            fcntl.flock(held, fcntl.LOCK_EX)
+            held = open(folder / ".lock", "w")
+            fcntl.flock(held, fcntl.LOCK_EX)                     # others wait here and find the work done
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}") from error
         with held:
             if not all(path.exists() for path in wanted):
-                frames = make_frames(recordings, folder / f".parts{made}", workers, name=name, timesteps=timesteps, by=by)
-                labels = np.array([r[2] for r in recordings], np.uint8)
-                for part, chosen in (("train", ~is_test), ("test", is_test)):
+                frames = make_frames(recordings, workers, name=name, timesteps=timesteps, by=by, folder=parts)
+                labels = np.array([recording[0] for recording in recordings], np.uint8)
+                for part, chosen in (("train", ~test), ("test", test)):
                     write_arrays(folder, part, frames[chosen], labels[chosen], suffix)
-                shutil.rmtree(folder / f".parts{made}")
-    train, test = (read_arrays(folder, part, (timesteps, 2, size, size), len(classes), suffix) for part in ("train", "test"))
-    # The deviation is that of the scale: the network sees events per pixel.
-    return Resident(name, train, test, classes, (0.0, 0.0), (scale / 255,) * 2, pad=5, flip=name != "nmnist", split=split)
+                shutil.rmtree(parts)
+    arrays = [read_arrays(folder, part, (timesteps, 2, size, size), len(classes), suffix) for part in ("train", "test")]
+    # This deviation undoes the scale: the network sees events per pixel.
+    return Resident(name, *arrays, classes, (0.0, 0.0), (scale / 255,) * 2, pad=5, flip=name != "nmnist", split=split)
 
 
-def choose_test(recordings, name, split):
-    """bool [N]: which recordings are the test set."""
-    if split == "official":
-        return np.array([pathlib.Path(r[0]).parts[-3] == "Test" for r in recordings])
-    if split == "first100":
-        return np.array([r[3] < (20 if name == "shapes-dvs" else 100) for r in recordings])
-    labels, chosen = np.array([r[2] for r in recordings]), np.zeros(len(recordings), bool)
-    for label in range(labels.max() + 1):
-        own = np.flatnonzero(labels == label)
-        chosen[np.random.default_rng(label).permutation(own)[:max(1, len(own) // 10)]] = True
-    return chosen
-
-
-def make_frames(recordings, folder, workers, **how):
-    """uint8 [N, T, 2, size, size] of all recordings, joined from parts in folder."""
-    per_part = -(-len(recordings) // 400) if len(recordings) > 10000 else 25
-    chunks = [recordings[i:i + per_part] for i in range(0, len(recordings), per_part)]
-    loader = torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)),
-                                         collate_fn=functools.partial(make_part, folder=folder, **how))
-    start = printed = time.perf_counter()
-    parts = []
+def make_frames(recordings, workers, **how):
+    """uint8 [N, T, 2, size, size]; how: see write_part."""
+    n, start = len(recordings), time.perf_counter()
+    chunks = [recordings[i:i + 25] for i in range(0, n, 25)]
+    loader = torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=functools.partial(write_part, **how))
+    paths, printed = [], start
     for path in every(loader):
-        parts.append(path)
-        if (now := time.perf_counter()) - printed > 5:
-            printed, done = now, len(parts) / len(chunks)
-            print(f"  frames of {how['name']}: {done * len(recordings):,.0f} of {len(recordings):,d} recordings, "
-                  f"{done * len(recordings) / (now - start):.0f} a second, {(now - start) * (1 / done - 1):.0f} s left", flush=True)
-    return np.concatenate([read_array(path) for path in parts])
+        paths.append(path)
+        if (now := time.perf_counter()) > printed + 5:
+            printed, part = now, len(paths) / len(chunks)
+            print(f"  frames of {part * n:,.0f} of {n:,d} recordings, {part * n / (now - start):.0f}/s, "
+                  f"{(now - start) * (1 / part - 1):.0f} s left", flush=True)
+    return np.concatenate([read_array(path) for path in paths])
 
 
 def write_aedat(path, t, x, y, p):
     """Events, as read_aedat gives them, as an AEDAT 2.0 recording."""
-    events = np.stack([(127 - x) << 8 | (127 - y) << 1 | (1 - p), t], 1).astype(">u4")
+    events = np.stack([127 - x << 8 | 127 - y << 1 | 1 - p, t], 1).astype(">u4")
     write_atomically(path, lambda file: file.write(b"#!AER-DAT2.0\r\n# drawn, not recorded\r\n" + events.tobytes()))
 
 
 def draw_recordings(folder, per_class=80, size=128, steps=24):
-    """The SHAPES going round in a small circle before an event camera, as recordings <shape>/drawn_<shape>_<i>.aedat.
-
-    Where a pixel becomes covered or uncovered between two steps it gives an event, in a random order within the step; some
-    more come from nowhere. Every recording is a function of its class and number: missing ones are added."""
-    for label, name in enumerate(SHAPES):
-        for i in range(per_class):
-            path = folder / name / f"drawn_{name}_{i}.aedat"
-            if path.exists():
-                continue
-            rng = np.random.default_rng((label, i))
-            radius = np.full((steps + 1, 1, 1), rng.uniform(0.25, 0.4) * size)
-            way = np.linspace(0, 2 * np.pi, steps + 1) * rng.choice([-1, 1]) + rng.uniform(0, 2 * np.pi)
-            room = size / 2 - radius[0] - 8
-            centre = size / 2 + rng.uniform(-room, room, (2, 1)) + 8 * np.stack([np.sin(way), np.cos(way)])
-            phase = np.broadcast_to(rng.uniform(0, 1, (2, 1, 1, 1)), (2, steps + 1, 1, 1))
-            covered = shape_masks(size, centre[..., None, None], radius, phase)[label].astype(np.int8)
-            step, y, x = np.diff(covered, axis=0).nonzero()
-            p = (covered[step + 1, y, x] ^ rng.integers(2)).astype(np.int64)         # brighter than the ground, or darker
-            noise = rng.integers(0, [[steps], [size], [size], [2]], (4, len(step) // 10))
-            step, y, x, p = np.concatenate([[step, y, x, p], noise], axis=1)
-            t = ((step + rng.uniform(0, 1, len(step))) * 10000).astype(np.int64)
-            order = np.argsort(t)
-            write_aedat(path, *(v[order] for v in (t, x, y, p)))
+    """The SHAPES going round in a small circle before a camera of events: <shape>/drawn_<shape>_<i>.aedat. A pixel that
+    becomes covered or uncovered gives an event; a tenth more come from nowhere. Recordings that exist stay."""
+    for label, i in np.ndindex(len(SHAPES), per_class):
+        path = folder / SHAPES[label] / f"drawn_{SHAPES[label]}_{i}.aedat"
+        if path.exists():
+            continue
+        rng = np.random.default_rng((label, i))
+        radius = rng.uniform(0.25, 0.4) * size
+        angle = np.linspace(0, 2 * np.pi, steps + 1) * rng.choice([-1, 1]) + rng.uniform(0, 2 * np.pi)
+        centre = size / 2 + rng.uniform(-1, 1, (2, 1)) * (size / 2 - radius - 8) + 8 * np.stack([np.sin(angle), np.cos(angle)])
+        covered = shape_masks(size, centre[..., None, None], radius, rng.uniform(0, 1, (2, 1, 1, 1)), label)
+        step, y, x = (covered[1:] != covered[:-1]).nonzero()
+        p = covered[step + 1, y, x] ^ rng.integers(2)            # shapes brighter or darker than the ground
+        noise = rng.integers(0, [[steps], [size], [size], [2]], (4, len(step) // 10))
+        step, y, x, p = np.concatenate([[step, y, x, p], noise], axis=1)
+        t = (10000 * (step + rng.uniform(0, 1, len(step)))).astype(np.int64)
+        write_aedat(path, *np.stack([t, x, y, p])[:, np.argsort(t)])
