@@ -537,6 +537,8 @@ def load_events(name, folder, workers, timesteps, split, by):
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}") from error
         with held:
+            for left in folder.glob(f".*{suffix}.npy.*"):        # by a process killed while it wrote
+                left.unlink()
             if not all(path.exists() for path in wanted):
                 frames = make_frames(recordings, workers, name=name, timesteps=timesteps, by=by, folder=parts)
                 labels = np.array([recording[0] for recording in recordings], np.uint8)
@@ -569,7 +571,7 @@ def write_aedat(path, t, x, y, p):
     write_atomically(path, lambda file: file.write(b"#!AER-DAT2.0\r\n# drawn, not recorded\r\n" + events.tobytes()))
 
 
-def draw_recordings(folder, per_class=80, size=128, steps=24):
+def draw_recordings(folder, per_class=80, size=128, steps=16):
     """The SHAPES going round in a small circle before a camera of events: <shape>/drawn_<shape>_<i>.aedat. A pixel that
     becomes covered or uncovered gives an event; a tenth more come from nowhere. Recordings that exist stay."""
     for label, i in np.ndindex(len(SHAPES), per_class):
