@@ -370,36 +370,39 @@ def archive(path, pid):
     return zipfile.ZipFile(path)
 
 
-def read_bytes(path, most=-1):
-    """The first `most` bytes (-1: all) of a file, or of a member of an archive (some.zip/member); its size; its version."""
+def read_events(path, event_bytes, look=False):
+    """The bytes of all events in a file, or in a member of an archive (some.zip/member), uint8 [N * event_bytes].
+
+    look: check all that is known without reading on, and return a mark of the file's version instead.
+    """
     packed, dot_zip, member = str(path).rpartition(".zip/")
-    packed += ".zip"
     try:
-        if dot_zip and os.path.isfile(packed):
-            info = archive(packed, os.getpid()).getinfo(member)
-            file, size, version = archive(packed, os.getpid()).open(info), info.file_size, info.CRC
+        if dot_zip and os.path.isfile(packed + ".zip"):
+            info = archive(packed + ".zip", os.getpid()).getinfo(member)
+            file, size, version = archive(packed + ".zip", os.getpid()).open(info), info.file_size, info.CRC
         else:
             file = open(path, "rb")
-            size, version = os.path.getsize(path), os.stat(path).st_mtime_ns
+            size, version = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns
         with file:
-            if size > 8 * 2 ** 31:
-                raise UserError(f"{path} claims {size:,d} bytes, more than 2^31 events: replace it by the original")
-            return file.read(most), size, version
+            beginning = bytes(file.peek(16)[:16])
+            while event_bytes == 8 and file.peek(1)[:1] == b"#":                     # AEDAT's header: the lines with '#'
+                file.readline()
+            n = size - file.tell()
+            fault = ("is empty" if size == 0 else "is a zip archive in the place of a recording" if beginning[:2] == b"PK" else
+                     "is no AEDAT 2.0 recording" if event_bytes == 8 and not re.match(b"#!AER-DAT2|#(?!!AER-DAT)", beginning) else
+                     "holds no events" if n == 0 else "ends in the middle of an event" if n % event_bytes else
+                     f"claims {n // event_bytes:,d} events, more than 2^31" if n // event_bytes > 2 ** 31 else None)
+            if fault:
+                raise UserError(f"{path} {fault}: replace it by the original")
+            if look:
+                return version
+            raw = np.empty(n, np.uint8)
+            if file.readinto(raw) != n:
+                raise EOFError("shorter than it claims to be")
+            return raw
     # RuntimeError: an encrypted member, or a compression that zipfile does not know
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read, replace it by the original: {first_line(error)}") from error
-
-
-def events_start(raw, size, path, event_bytes):
-    """Where the events begin in a recording of size bytes that starts with raw: in AEDAT, after the lines with '#'."""
-    start = re.match(rb"(?:#[^\n]*\n)*", raw).end() if event_bytes == 8 else 0
-    fault = ("is empty" if size == 0 else "is a zip archive in the place of a recording" if raw[:2] == b"PK" else
-             "is no AEDAT 2.0 recording" if event_bytes == 8 and not re.match(b"#!AER-DAT2|#(?!!AER-DAT)", raw) else
-             "holds no events" if raw[start:start + 1] in (b"", b"#") else
-             "ends in the middle of an event" if (size - start) % event_bytes else None)
-    if fault:
-        raise UserError(f"{path} {fault}: replace it by the original")
-    return start
 
 
 def read_aedat(path):
@@ -408,21 +411,21 @@ def read_aedat(path):
     x column and y row, 0..127, in the orientation everyone's frames have; p polarity, 1 = ON. A 32-bit clock that wraps goes
     on. path may lead into a zip archive (some.zip/member). UserError for a file that is anything else.
     """
-    raw, size, _ = read_bytes(path)
-    events = np.frombuffer(raw, ">u4", offset=events_start(raw, size, path, 8)).reshape(-1, 2)
-    if events[:, 0].max() > 0x7FFF:
-        raise UserError(f"{path} holds the address {events[:, 0].max():#x}, beyond the 128x128 pixels of a DVS128: replace it by the original")
-    address, t = events[:, 0].astype(np.int16), events[:, 1].astype(np.int64)
+    # Fresh memory is what costs time here: what was read, big-endian (address, timestamp), becomes t in place.
+    t = read_events(path, 8).view(np.int64).byteswap(inplace=True)
+    address = t.view(np.uint32)[1::2]                            # on a little-endian machine, as all are
+    if address.max() > 0x7FFF:
+        raise UserError(f"{path} holds the address {address.max():#x}, beyond the 128x128 pixels of a DVS128: replace it by the original")
+    place = address.astype(np.int16) ^ 0x7FFF                    # 127 - x, 127 - y and 1 - p at once
+    address[:] = 0
     if (t[1:] < t[:-1]).any():                                   # of the differences modulo 2^32 the one nearest to 0
         t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
-    return t, 127 - (address >> 8), 127 - (address >> 1 & 127), 1 - (address & 1)
+    return t, place >> 8, place >> 1 & 127, place & 1
 
 
 def read_nmnist(path):
     """The events of an N-MNIST recording (x 8 bits, y 8, polarity 1, microseconds 23), as read_aedat's; x and y 0..33."""
-    raw, size, _ = read_bytes(path)
-    events_start(raw, size, path, 5)
-    b = np.frombuffer(raw, np.uint8).reshape(-1, 5).astype(np.int64).T
+    b = read_events(path, 5).reshape(-1, 5).astype(np.int64).T
     if b[:2].max() > 33:
         raise UserError(f"{path} holds an address x {b[0].max()}, y {b[1].max()}, beyond 34x34 pixels: replace it by the original")
     return (b[2] & 127) << 16 | b[3] << 8 | b[4], *(v.astype(np.int16) for v in (b[0], b[1], b[2] >> 7))
@@ -446,12 +449,12 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
             t, x, y, p = (v[order] for v in (t, x, y, p))
         edges = np.searchsorted(t, t[0] + max((t[-1] - t[0]) // frames, 1) * np.arange(frames + 1))
     edges[-1] = n
-    place = p.astype(np.int64)
-    for length, v in ((height, y), (width, x)):
-        place *= length
-        place += v
-    counts = [np.bincount(place[a:b], minlength=2 * height * width) for a, b in zip(edges, edges[1:])]
-    return np.minimum(counts, 65535).astype(np.uint16).reshape(frames, 2, height, width)
+    counts, room = np.empty((frames, 2 * height * width), np.uint16), np.uint16 if 2 * height * width <= 65536 else np.int64
+    for frame, a, b in zip(counts, edges, edges[1:]):            # a slice at a time: it stays in the cache
+        place = (p[a:b].astype(room) * room(height) + y[a:b].astype(room)) * room(width) + x[a:b].astype(room)
+        count = np.bincount(place, minlength=2 * height * width)
+        frame[:] = np.minimum(count, 65535) if b - a > 65535 else count
+    return counts.reshape(frames, 2, height, width)
 
 
 def area_mean(frames, size):
@@ -492,9 +495,7 @@ def find_recordings(name, folder, classes):
                 raise UserError(f"{packed} is no readable zip archive ({first_line(error)}): download it again") from error
         for path in map(str, paths):
             if number := re.search(r"/[^./]*?(\d+)\.(?:aedat|bin)$", path):           # an archive may hold other things
-                raw, size, version = read_bytes(path, 16384)
-                events_start(raw, size, path, 5 if name == "nmnist" else 8)
-                found.append((label, int(number[1]), path, version))
+                found.append((label, int(number[1]), path, read_events(path, 5 if name == "nmnist" else 8, look=True)))
         if len(found) == before:
             raise UserError(f"{folder} has no recordings of class {c}: " + (
                 "unpack Train.zip and Test.zip of N-MNIST (Orchard 2015, garrickorchard.com/datasets/n-mnist or "
