@@ -227,12 +227,23 @@ def test_what_is_wrong_with_a_data_set_is_said_before_work_begins(fault, text, t
         with zipfile.ZipFile(folder / "horse.zip", "w") as z:
             z.writestr("horse/cifar10_horse_0.aedat", made_recording(0))
         raw = bytearray((folder / "horse.zip").read_bytes())
-        raw[300:320] = bytes(20)                                 # the checksum in the archive does not fit any more
+        raw[:4] = bytes(4)                                       # where the member should begin
         (folder / "horse.zip").write_bytes(raw)
     monkeypatch.setattr(data, "make_frames", lambda *a, **k: pytest.fail("work began"))
     with pytest.raises(data.UserError, match=text) as caught:
         data.load("cifar10-dvs", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_zip_member_is_no_recording(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        z.writestr("a/1.aedat", made_recording(0, 9000))
+    assert len(data.read_aedat(tmp_path / "a.zip/a/1.aedat")[0]) == 9000
+    raw = bytearray((tmp_path / "a.zip").read_bytes())
+    raw[50000] ^= 1
+    (tmp_path / "b.zip").write_bytes(raw)
+    with pytest.raises(data.UserError, match="b.zip/a/1.aedat cannot be read.*CRC"):
+        data.read_aedat(tmp_path / "b.zip/a/1.aedat")
 
 
 def test_missing_nmnist_says_where_to_get_it(tmp_path):
