@@ -504,12 +504,14 @@ def find_recordings(name, folder, classes):
     return sorted(found)
 
 
-def test_part(recordings, name, split):
+def test_part(recordings, split):
     """bool [N]: which recordings are the test set; see load."""
     if split == "official":
         return np.array([pathlib.Path(path).parts[-3] == "Test" for _, _, path, _ in recordings])
-    if split == "first100":                                      # of 1000; the drawn ones are fewer
-        return np.array([number < (20 if name == "shapes-dvs" else 100) for _, number, _, _ in recordings])
+    if split in ("first100", "first20"):
+        return np.array([number < int(split[5:]) for _, number, _, _ in recordings])
+    if split != "random":
+        raise UserError(f"unknown split {split!r} of event recordings: choose first100 or random")
     labels = np.array([recording[0] for recording in recordings])
     chosen = [np.random.default_rng(c).permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     return np.isin(np.arange(len(labels)), np.concatenate([own[:max(1, len(own) // 10)] for own in chosen]))
@@ -520,7 +522,7 @@ def load_events(name, folder, workers, timesteps, split, by):
     which survive an interruption."""
     _, size, scale = SENSORS[name]
     classes = {"nmnist": list("0123456789"), "shapes-dvs": SHAPES, "cifar10-dvs": CIFAR10}[name]
-    split = "official" if name == "nmnist" else split
+    split = "official" if name == "nmnist" else "first20" if (name, split) == ("shapes-dvs", "first100") else split
     made = f"_T{timesteps}_{by}_{size}"
     parts, suffix = folder / f".parts{made}", f"{made}_{split}"
     wanted = [folder / f"{part}_{kind}{suffix}.npy" for part in ("train", "test") for kind in ("images", "labels")]
@@ -528,7 +530,7 @@ def load_events(name, folder, workers, timesteps, split, by):
         if name == "shapes-dvs":
             draw_recordings(folder)
         recordings = find_recordings(name, folder, classes)
-        test = test_part(recordings, name, split)
+        test = test_part(recordings, split)
         if test.all() or not test.any():
             raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(recordings)} recordings the test set; "
                             "training and test need some each: add recordings or choose another --dvs-split")
@@ -548,7 +550,7 @@ def load_events(name, folder, workers, timesteps, split, by):
                 shutil.rmtree(parts)
     arrays = [read_arrays(folder, part, (timesteps, 2, size, size), len(classes), suffix) for part in ("train", "test")]
     # This deviation undoes the scale: the network sees events per pixel.
-    return Resident(name, *arrays, classes, (0.0, 0.0), (scale / 255,) * 2, pad=5, flip=name != "nmnist", split=split)
+    return Resident(name, *arrays, classes, (0.0, 0.0), (scale / 255,) * 2, pad=min(5, size // 6), flip=name != "nmnist", split=split)
 
 
 def make_frames(recordings, workers, **how):

@@ -200,12 +200,12 @@ def test_folders_and_zip_files_give_the_same_arrays(tmp_path):
 def test_splits():
     recordings = [(label, i, f"{label}_{i}", 0) for label in range(10) for i in range(1000)]
     number, label = np.tile(np.arange(1000), 10), np.arange(10).repeat(1000)
-    first, drawn, again = (data.test_part(recordings, "cifar10-dvs", s) for s in ("first100", "random", "random"))
+    first, drawn, again = (data.test_part(recordings, s) for s in ("first100", "random", "random"))
     assert np.array_equal(first, number < 100)
     assert np.array_equal(drawn, again) and not np.array_equal(drawn, first)
     assert np.bincount(label[drawn]).tolist() == [100] * 10 and len({tuple(number[drawn & (label == c)]) for c in range(10)}) == 10
     recordings = [(7, 1, f"n/{part}/7/1.bin", 0) for part in ("Train", "Test")]
-    assert data.test_part(recordings, "nmnist", "official").tolist() == [False, True]
+    assert data.test_part(recordings, "official").tolist() == [False, True]
 
 
 @pytest.mark.parametrize("fault, text", [("none", "cifar10-dvs has no.*figshare"), ("class", "no recordings of class horse"),
