@@ -359,7 +359,7 @@ def shape_masks(size, centre, radius, phase, label):
 
 # ---- events
 # Pixels of the sensor, side of the frames, and the value that stands for one event per pixel. A mean over an area is a
-# fraction: in sixteenths it stays exact enough, and uint8 still holds 15.9 events per pixel and frame.
+# fraction: in sixteenths it stays exact enough, and uint8 still holds 15.9 events per pixel and frame; more count as that.
 SENSORS = {"cifar10-dvs": (128, 48, 16), "nmnist": (34, 34, 1), "shapes-dvs": (128, 32, 16)}
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -386,7 +386,7 @@ def read_events(path, event_bytes, look=False):
         with file:
             beginning = bytes(file.peek(16)[:16])
             while event_bytes == 8 and file.peek(1)[:1] == b"#":                     # AEDAT's header: the lines with '#'
-                file.readline()
+                file.readline(2 ** 20)
             n = size - file.tell()
             fault = ("is empty" if size == 0 else "is a zip archive in the place of a recording" if beginning[:2] == b"PK" else
                      "is no AEDAT 2.0 recording" if event_bytes == 8 and not re.match(b"#!AER-DAT2|#(?!!AER-DAT)", beginning) else
@@ -449,9 +449,10 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
             t, x, y, p = (v[order] for v in (t, x, y, p))
         edges = np.searchsorted(t, t[0] + max((t[-1] - t[0]) // frames, 1) * np.arange(frames + 1))
     edges[-1] = n
-    counts, room = np.empty((frames, 2 * height * width), np.uint16), np.uint16 if 2 * height * width <= 65536 else np.int64
+    counts, room = np.empty((frames, 2 * height * width), np.uint16), np.int16 if 2 * height * width <= 2 ** 15 else np.int64
+    x, y, p = (v.astype(room, copy=False) for v in (x, y, p))
     for frame, a, b in zip(counts, edges, edges[1:]):            # a slice at a time: it stays in the cache
-        place = (p[a:b].astype(room) * room(height) + y[a:b].astype(room)) * room(width) + x[a:b].astype(room)
+        place = (p[a:b] * room(height) + y[a:b]) * room(width) + x[a:b]
         count = np.bincount(place, minlength=2 * height * width)
         frame[:] = np.minimum(count, 65535) if b - a > 65535 else count
     return counts.reshape(frames, 2, height, width)
