@@ -4,17 +4,27 @@
     cifar10, cifar100 downloaded and verified by torchvision
     folder            an image tree  train/<class>/*.png|jpg|webp,  val|test/<class>/*  at --image-size
     imagenet          the same layout under <data-dir>/imagenet, random resized crops at 224
+    cifar10-dvs       event camera recordings, the ten class folders or zip files under <data-dir>/cifar10-dvs, as frames of 48x48
+    nmnist            event camera recordings  Train|Test/<digit>/*.bin  under <data-dir>/nmnist, as frames of 34x34
+    shapes-dvs        the shapes in motion, written as event camera recordings and read back: needs no download
 
-Small sets end as plain arrays, <data-dir>/<name>/{train,test}_{images,labels}.npy (uint8 [N, H, W, C] and [N]), and live on
-the device as uint8 (`Resident`): cropping, flipping and normalising happen there a batch at a time, so that the input
-pipeline is never what waits. Large images are decoded by worker processes (`Streamed`).
+Small sets end as plain arrays, <data-dir>/<name>/{train,test}_{images,labels}.npy (uint8 [N, H, W, C] and [N]; frames of
+events [N, T, 2, H, W] in files whose name carries T, slicing, size and split), and live on the device as uint8
+(`Resident`): cropping, flipping and normalising happen there a batch at a time, so that the input pipeline is never
+what waits. Large images are decoded by worker processes (`Streamed`).
 
 Every random draw is a function of (seed, epoch, batch) alone, never of what was drawn before: an interrupted run
 continues exactly, and N processes that share a batch see what one process would see.
 """
+import fcntl
+import functools
 import os
 import pathlib
+import re
+import shutil
 import tempfile
+import time
+import zipfile
 import zlib
 
 import numpy as np
@@ -27,7 +37,7 @@ STATISTICS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 10
               "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), 100),
               "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 10),
               "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), None)}
-DATASETS = ("cifar10", "cifar100", "shapes", "folder", "imagenet")
+DATASETS = ("cifar10", "cifar100", "shapes", "folder", "imagenet", "cifar10-dvs", "nmnist", "shapes-dvs")
 RESIDENT_UP_TO = 96                                              # folders of images up to this size live on the device
 
 
@@ -78,8 +88,8 @@ class Resident:
     set to the mean, 0 for none.
     """
 
-    def __init__(self, name, train, test, classes, mean, std, pad=4, flip=True):
-        self.name, self.classes, self.mean, self.std = name, classes, tuple(mean), tuple(std)
+    def __init__(self, name, train, test, classes, mean, std, pad=4, flip=True, split=None):
+        self.name, self.classes, self.mean, self.std, self.split = name, classes, tuple(mean), tuple(std), split
         self.pad, self.flip, self.cutout = pad, flip, 0
         self.sets = {}
         for split, (images, labels) in {"train": train, "test": test}.items():
@@ -151,7 +161,7 @@ class Streamed:
 
     def __init__(self, name, root, image_size, mean, std, workers=2):
         self.name, self.size, self.mean, self.std, self.workers = name, (image_size, image_size), mean, std, workers
-        self.channels, self.frames, self.device = 3, None, torch.device("cpu")
+        self.channels, self.frames, self.split, self.device = 3, None, None, torch.device("cpu")
         self.folders = {split: image_folder(root, split) for split in ("train", "test")}
         self.classes = self.folders["train"].classes
         self.indices = list(range(len(self.folders["train"])))
@@ -228,14 +238,22 @@ def image_loader(folder, transform, batches, workers, device=torch.device("cpu")
     """torch's DataLoader over lists of (index, seed); a bad image gives UserError, from a worker process too."""
     loader = torch.utils.data.DataLoader(_Decoded(folder, transform), batch_sampler=batches, num_workers=workers,
                                          pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+    yield from every(loader)
+
+
+def every(loader):
     try:
         yield from loader
     except UserError as error:                                   # the loader prepends the worker's traceback
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")) from None
 
 
-def load(name, data_dir="data", image_size=32, workers=2):
-    """Read, download or draw a data set. Raises UserError with what to do where that is not possible."""
+def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split="first100", bin_by="count"):
+    """Read, download or draw a data set. Raises UserError with what to do where that is not possible.
+
+    timesteps, bin_by: frames a recording of events is cut into, and how (bin_events). dvs_split: the test set is
+    "first100", the recordings 0-99 of each class (of shapes-dvs 0-19), or "random", a tenth of each, always the same.
+    """
     root = pathlib.Path(data_dir)
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
@@ -252,6 +270,8 @@ def load(name, data_dir="data", image_size=32, workers=2):
                         ((pixels.std(0) / 255).clip(1e-3)).tolist(), pad=image_size // 8)
     if name == "imagenet":
         return Streamed(name, root / name, image_size, *STATISTICS[name][:2], workers)
+    if name in SENSORS:
+        return load_events(name, root / name, workers, timesteps, dvs_split, bin_by)
     mean, std, classes = STATISTICS[name]
     if name == "shapes":
         return Resident(name, draw_shapes(8000, seed=1), draw_shapes(1000, seed=2), SHAPES, mean, std, flip=True)
@@ -322,18 +342,261 @@ def draw_shapes(n, seed, size=32):
     rng.shuffle(labels)
     radius = rng.uniform(0.25, 0.45, (n, 1, 1)) * size
     centre = radius + rng.uniform(0, 1, (2, n, 1, 1)) * (size - 2 * radius)
-    y, x = ((np.arange(size).reshape(shape) + 0.5 - c) / radius                      # the shape reaches from -1 to 1
-            for shape, c in (((1, size, 1), centre[0]), ((1, 1, size), centre[1])))
-    box, distance, phase = np.maximum(abs(x), abs(y)), np.hypot(x, y), rng.uniform(0, 1, (2, n, 1, 1))
-    bands = [np.floor(2 * axis + p) % 2 == 0 for axis, p in ((y, phase[0]), (x, phase[1]))]
-    masks = [distance < 1, (distance < 1) & (distance > 0.6), box < 0.85, (box < 0.9) & (box > 0.55),
-             (y < 0.8) & (y > 2 * abs(x) - 0.9), (box < 1) & (np.minimum(abs(x), abs(y)) < 0.25),
-             (box < 0.9) & (abs(abs(x) - abs(y)) < 0.3), bands[0] & (box < 1), bands[1] & (box < 1),
-             (bands[0] ^ bands[1]) & (box < 1)]
-    mask = np.zeros((n, size, size), bool)
-    for label, drawn in enumerate(masks):
-        mask |= drawn & (labels == label)[:, None, None]
+    phase, mask = rng.uniform(0, 1, (2, n, 1, 1)), np.zeros((n, size, size), bool)
+    for label in range(10):
+        own = labels == label
+        mask[own] = shape_masks(size, centre[:, own], radius[own], phase[:, own], label)
     ground = rng.uniform(40, 215, (n, 1, 1, 3))
     paint = (ground + rng.choice([-1, 1], (n, 1, 1, 3)) * rng.uniform(60, 110, (n, 1, 1, 3))) % 256
     image = np.where(mask[..., None], paint, ground) + rng.normal(0, 12, (n, size, size, 3))
     return image.clip(0, 255).astype(np.uint8), labels
+
+
+def shape_masks(size, centre, radius, phase, label):
+    """The pixels, bool [n, size, size], that a shape covers: centre and phase [2, n, 1, 1], radius [n, 1, 1]."""
+    y, x = ((np.arange(size).reshape(shape) + 0.5 - c) / radius                      # the shape reaches from -1 to 1
+            for shape, c in (((1, size, 1), centre[0]), ((1, 1, size), centre[1])))
+    box, distance = np.maximum(abs(x), abs(y)), np.hypot(x, y)
+    bands = [np.floor(2 * axis + p) % 2 == 0 for axis, p in ((y, phase[0]), (x, phase[1]))]
+    return [lambda: distance < 1, lambda: (distance < 1) & (distance > 0.6), lambda: box < 0.85,
+            lambda: (box < 0.9) & (box > 0.55), lambda: (y < 0.8) & (y > 2 * abs(x) - 0.9),
+            lambda: (box < 1) & (np.minimum(abs(x), abs(y)) < 0.25), lambda: (box < 0.9) & (abs(abs(x) - abs(y)) < 0.3),
+            lambda: bands[0] & (box < 1), lambda: bands[1] & (box < 1), lambda: (bands[0] ^ bands[1]) & (box < 1)][label]()
+
+
+# ---- events
+# Pixels of the sensor, side of the frames, and the value that stands for one event per pixel. A mean over an area is a
+# fraction: in sixteenths it stays exact enough, and uint8 still holds 15.9 events per pixel and frame; more count as that.
+SENSORS = {"cifar10-dvs": (128, 48, 16), "nmnist": (34, 34, 1), "shapes-dvs": (128, 32, 16)}
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@functools.lru_cache(16)
+def archive(path, pid):
+    """An open zip archive. pid: each process its own, as forked ones would move one another's place in the file."""
+    return zipfile.ZipFile(path)
+
+
+def read_events(path, event_bytes, look=False):
+    """The bytes of all events in a file, or in a member of an archive (some.zip/member), uint8 [N * event_bytes].
+
+    look: check all that is known without reading on, and return a mark of the file's version instead.
+    """
+    packed, dot_zip, member = str(path).rpartition(".zip/")
+    try:
+        if dot_zip and os.path.isfile(packed + ".zip"):
+            info = archive(packed + ".zip", os.getpid()).getinfo(member)
+            file, size, version = archive(packed + ".zip", os.getpid()).open(info), info.file_size, info.CRC
+        else:
+            file = open(path, "rb")
+            size, version = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns
+        with file:
+            beginning = bytes(file.peek(16)[:16])
+            while event_bytes == 8 and file.peek(1)[:1] == b"#":                     # AEDAT's header: the lines with '#'
+                file.readline(2 ** 20)
+            n = size - file.tell()
+            fault = ("is empty" if size == 0 else "is a zip archive in the place of a recording" if beginning[:2] == b"PK" else
+                     "is no AEDAT 2.0 recording" if event_bytes == 8 and not re.match(b"#!AER-DAT2|#(?!!AER-DAT)", beginning) else
+                     "holds no events" if n == 0 else "ends in the middle of an event" if n % event_bytes else
+                     f"claims {n // event_bytes:,d} events, more than 2^31" if n // event_bytes > 2 ** 31 else None)
+            if fault:
+                raise UserError(f"{path} {fault}: replace it by the original")
+            if look:
+                return version
+            raw = np.empty(n, np.uint8)
+            if file.readinto(raw) != n:
+                raise EOFError("shorter than it claims to be")
+            return raw
+    # RuntimeError: an encrypted member, or a compression that zipfile does not know
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} cannot be read, replace it by the original: {first_line(error)}") from error
+
+
+def read_aedat(path):
+    """The events of an AEDAT 2.0 recording of a DVS128, in file order: t int64 [N] in microseconds; x, y, p int16 [N].
+
+    x column and y row, 0..127, in the orientation everyone's frames have; p polarity, 1 = ON. A 32-bit clock that wraps goes
+    on. path may lead into a zip archive (some.zip/member). UserError for a file that is anything else.
+    """
+    # Fresh memory is what costs time here: what was read, big-endian (address, timestamp), becomes t in place.
+    t = read_events(path, 8).view(np.int64).byteswap(inplace=True)
+    address = t.view(np.uint32)[1::2]                            # on a little-endian machine, as all are
+    if address.max() > 0x7FFF:
+        raise UserError(f"{path} holds the address {address.max():#x}, beyond the 128x128 pixels of a DVS128: replace it by the original")
+    place = address.astype(np.int16) ^ 0x7FFF                    # 127 - x, 127 - y and 1 - p at once
+    address[:] = 0
+    if (t[1:] < t[:-1]).any():                                   # of the differences modulo 2^32 the one nearest to 0
+        t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
+    return t, place >> 8, place >> 1 & 127, place & 1
+
+
+def read_nmnist(path):
+    """The events of an N-MNIST recording (x 8 bits, y 8, polarity 1, microseconds 23), as read_aedat's; x and y 0..33."""
+    b = read_events(path, 5).reshape(-1, 5).astype(np.int64).T
+    if b[:2].max() > 33:
+        raise UserError(f"{path} holds an address x {b[0].max()}, y {b[1].max()}, beyond 34x34 pixels: replace it by the original")
+    return (b[2] & 127) << 16 | b[3] << 8 | b[4], *(v.astype(np.int16) for v in (b[0], b[1], b[2] >> 7))
+
+
+def bin_events(t, x, y, p, frames, height, width, by="count"):
+    """Events [N] counted into frames uint16 [frames, 2, height, width]: frame[p, y, x], at most 65,535.
+
+    by "count": N // frames events in file order each, the rest in the last. by "time": (last - first time) // frames
+    microseconds each, at least 1, the rest in the last; a slice may be empty. ValueError for what lies outside.
+    """
+    n = len(t)
+    if by not in ("count", "time") or frames < 1:
+        raise ValueError(f"by must be 'count' or 'time' and frames at least 1, not {by!r} and {frames}")
+    if n and not all(0 <= v.min() and v.max() < end for v, end in ((x, width), (y, height), (p, 2))):
+        raise ValueError(f"events outside of 2 x {height} x {width}")
+    edges = n // frames * np.arange(frames + 1)
+    if by == "time" and n:
+        if (t[1:] < t[:-1]).any():
+            order = np.argsort(t, kind="stable")
+            t, x, y, p = (v[order] for v in (t, x, y, p))
+        edges = np.searchsorted(t, t[0] + max((t[-1] - t[0]) // frames, 1) * np.arange(frames + 1))
+    edges[-1] = n
+    counts, room = np.empty((frames, 2 * height * width), np.uint16), np.int16 if 2 * height * width <= 2 ** 15 else np.int64
+    x, y, p = (v.astype(room, copy=False) for v in (x, y, p))
+    for frame, a, b in zip(counts, edges, edges[1:]):            # a slice at a time: it stays in the cache
+        place = (p[a:b] * room(height) + y[a:b]) * room(width) + x[a:b]
+        count = np.bincount(place, minlength=2 * height * width)
+        frame[:] = np.minimum(count, 65535) if b - a > 65535 else count
+    return counts.reshape(frames, 2, height, width)
+
+
+def area_mean(frames, size):
+    """[..., n, n] -> float32 [..., size, size]: means over areas of n/size x n/size pixels, cut ones counting in part."""
+    n = frames.shape[-1]
+    low, pixel = np.arange(size)[:, None] * n / size, np.arange(n)
+    part = (np.minimum(low + n / size, pixel + 1) - np.maximum(low, pixel)).clip(0).astype(np.float32) * np.float32(size / n)
+    return part @ frames.astype(np.float32) @ part.T
+
+
+def write_part(recordings, name, timesteps, by, folder):
+    """Frames uint8 [n, T, 2, size, size] of some recordings, in a file named after them and their versions; its path."""
+    path = folder / f"{zlib.crc32(repr(recordings).encode()):08x}.npy"
+    pixels, size, scale = SENSORS[name]
+    if not path.exists():
+        read, made = read_nmnist if name == "nmnist" else read_aedat, []
+        for recording in recordings:
+            frames = bin_events(*read(recording[2]), timesteps, pixels, pixels, by)
+            frames = frames if size == pixels else area_mean(frames, size)
+            made.append(np.rint(np.minimum(frames * float(scale), 255)).astype(np.uint8))
+        write_atomically(path, lambda file: np.save(file, np.stack(made), allow_pickle=False))
+    return path
+
+
+def find_recordings(name, folder, classes):
+    """All recordings as sorted (label, number, path, version), checked as far as size and beginning tell."""
+    found = []
+    for label, c in enumerate(classes):
+        before, packed = len(found), folder / f"{c}.zip"
+        if name == "nmnist":
+            paths = [p for part in ("Train", "Test") for p in (folder / part / c).glob("*.bin")]
+        elif (folder / c).is_dir() or not packed.exists():
+            paths = (folder / c).glob("*.aedat")
+        else:
+            try:
+                paths = [f"{packed}/{member}" for member in archive(str(packed), os.getpid()).namelist()]
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise UserError(f"{packed} is no readable zip archive ({first_line(error)}): download it again") from error
+        for path in map(str, paths):
+            if number := re.search(r"/[^./]*?(\d+)\.(?:aedat|bin)$", path):           # an archive may hold other things
+                found.append((label, int(number[1]), path, read_events(path, 5 if name == "nmnist" else 8, look=True)))
+        if len(found) == before:
+            raise UserError(f"{folder} has no recordings of class {c}: " + (
+                "unpack Train.zip and Test.zip of N-MNIST (Orchard 2015, garrickorchard.com/datasets/n-mnist or "
+                "data.mendeley.com/datasets/468j46mzdv) there" if name == "nmnist" else
+                "put the ten zip files of CIFAR10-DVS (Li 2017, figshare.com/articles/dataset/CIFAR10-DVS_New/4724671) there, packed or unpacked"))
+    return sorted(found)
+
+
+def test_part(recordings, split):
+    """bool [N]: which recordings are the test set; see load."""
+    if split == "official":
+        return np.array([pathlib.Path(path).parts[-3] == "Test" for _, _, path, _ in recordings])
+    if split in ("first100", "first20"):
+        return np.array([number < int(split[5:]) for _, number, _, _ in recordings])
+    if split != "random":
+        raise UserError(f"unknown split {split!r} of event recordings: choose first100 or random")
+    labels = np.array([recording[0] for recording in recordings])
+    chosen = [np.random.default_rng(c).permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    return np.isin(np.arange(len(labels)), np.concatenate([own[:max(1, len(own) // 10)] for own in chosen]))
+
+
+def load_events(name, folder, workers, timesteps, split, by):
+    """A data set of recordings from its prepared frames. Where they are missing, `workers` processes make them in parts,
+    which survive an interruption."""
+    _, size, scale = SENSORS[name]
+    classes = {"nmnist": list("0123456789"), "shapes-dvs": SHAPES, "cifar10-dvs": CIFAR10}[name]
+    split = "official" if name == "nmnist" else "first20" if (name, split) == ("shapes-dvs", "first100") else split
+    made = f"_T{timesteps}_{by}_{size}"
+    parts, suffix = folder / f".parts{made}", f"{made}_{split}"
+    wanted = [folder / f"{part}_{kind}{suffix}.npy" for part in ("train", "test") for kind in ("images", "labels")]
+    if not all(path.exists() for path in wanted):
+        if name == "shapes-dvs":
+            draw_recordings(folder)
+        recordings = find_recordings(name, folder, classes)
+        test = test_part(recordings, split)
+        if test.all() or not test.any():
+            raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(recordings)} recordings the test set; "
+                            "training and test need some each: add recordings or choose another --dvs-split")
+        try:
+            held = open(folder / ".lock", "w")
+            fcntl.flock(held, fcntl.LOCK_EX)                     # others wait here and find the work done
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+        with held:
+            for left in folder.glob(f".*{suffix}.npy.*"):        # by a process killed while it wrote
+                left.unlink()
+            if not all(path.exists() for path in wanted):
+                frames = make_frames(recordings, workers, name=name, timesteps=timesteps, by=by, folder=parts)
+                labels = np.array([recording[0] for recording in recordings], np.uint8)
+                for part, chosen in (("train", ~test), ("test", test)):
+                    write_arrays(folder, part, frames[chosen], labels[chosen], suffix)
+                shutil.rmtree(parts)
+    arrays = [read_arrays(folder, part, (timesteps, 2, size, size), len(classes), suffix) for part in ("train", "test")]
+    # This deviation undoes the scale: the network sees events per pixel.
+    return Resident(name, *arrays, classes, (0.0, 0.0), (scale / 255,) * 2, pad=min(5, size // 6), flip=name != "nmnist", split=split)
+
+
+def make_frames(recordings, workers, **how):
+    """uint8 [N, T, 2, size, size]; how: see write_part."""
+    n, start = len(recordings), time.perf_counter()
+    chunks = [recordings[i:i + 25] for i in range(0, n, 25)]
+    loader = torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=functools.partial(write_part, **how))
+    paths, printed = [], start
+    for path in every(loader):
+        paths.append(path)
+        if (now := time.perf_counter()) > printed + 5:
+            printed, part = now, len(paths) / len(chunks)
+            print(f"  frames of {part * n:,.0f} of {n:,d} recordings, {part * n / (now - start):.0f}/s, "
+                  f"{(now - start) * (1 / part - 1):.0f} s left", flush=True)
+    return np.concatenate([read_array(path) for path in paths])
+
+
+def write_aedat(path, t, x, y, p):
+    """Events, as read_aedat gives them, as an AEDAT 2.0 recording."""
+    events = np.stack([127 - x << 8 | 127 - y << 1 | 1 - p, t], 1).astype(">u4")
+    write_atomically(path, lambda file: file.write(b"#!AER-DAT2.0\r\n# drawn, not recorded\r\n" + events.tobytes()))
+
+
+def draw_recordings(folder, per_class=80, size=128, steps=16):
+    """The SHAPES going round in a small circle before a camera of events: <shape>/drawn_<shape>_<i>.aedat. A pixel that
+    becomes covered or uncovered gives an event; a tenth more come from nowhere. Recordings that exist stay."""
+    for label, i in np.ndindex(len(SHAPES), per_class):
+        path = folder / SHAPES[label] / f"drawn_{SHAPES[label]}_{i}.aedat"
+        if path.exists():
+            continue
+        rng = np.random.default_rng((label, i))
+        radius = rng.uniform(0.25, 0.4) * size
+        angle = np.linspace(0, 2 * np.pi, steps + 1) * rng.choice([-1, 1]) + rng.uniform(0, 2 * np.pi)
+        centre = size / 2 + rng.uniform(-1, 1, (2, 1)) * (size / 2 - radius - 8) + 8 * np.stack([np.sin(angle), np.cos(angle)])
+        covered = shape_masks(size, centre[..., None, None], radius, rng.uniform(0, 1, (2, 1, 1, 1)), label)
+        step, y, x = (covered[1:] != covered[:-1]).nonzero()
+        p = covered[step + 1, y, x] ^ rng.integers(2)            # shapes brighter or darker than the ground
+        noise = rng.integers(0, [[steps], [size], [size], [2]], (4, len(step) // 10))
+        step, y, x, p = np.concatenate([[step, y, x, p], noise], axis=1)
+        t = (10000 * (step + rng.uniform(0, 1, len(step)))).astype(np.int64)
+        write_aedat(path, *np.stack([t, x, y, p])[:, np.argsort(t)])

@@ -67,10 +67,11 @@ def evaluate(model, batches, amp=False):
     return {"top1_at": top1_at, "top1": top1_at[-1], "top5": among5 / images, "images": images}
 
 
-def test_data(checkpoint, data_dir, workers):
-    """The checkpoint's test set, normalised as in its training."""
+def test_data(checkpoint, data_dir, workers, timesteps=None):
+    """The checkpoint's test set, normalised as in its training; recordings of events in frames and split as there."""
     described = checkpoint["data"]
-    dataset = data.load(described["name"], data_dir, described["image_size"], workers)
+    dataset = data.load(described["name"], data_dir, described["image_size"], workers, timesteps or checkpoint["network"]["timesteps"],
+                        described.get("dvs_split"), described.get("bin_by"))
     if len(dataset.classes) != checkpoint["network"]["num_classes"]:
         raise UserError(f"{described['name']} in {data_dir} has {len(dataset.classes)} classes, the checkpoint's network "
                         f"{checkpoint['network']['num_classes']}")
@@ -99,9 +100,9 @@ def main(argv=None):
     model = build_network(checkpoint, args.checkpoint).to(args.device, memory_format=data.memory_format(args.device))
     network = checkpoint["network"]
     model.timesteps = args.timesteps or network["timesteps"]
-    dataset = test_data(checkpoint, args.data_dir, args.workers).to(args.device)
+    dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(args.device)
     print(f"{args.checkpoint}: {network['arch']}, width {network['width']}, T = {model.timesteps}, "
-          f"{checkpoint['data']['name']}, epoch {checkpoint['epoch']}")
+          f"{checkpoint['data']['name']}{f', split {dataset.split}' if dataset.split else ''}, epoch {checkpoint['epoch']}")
     start = time.perf_counter()
     result = evaluate(model, dataset.test(args.batch_size))
     seconds = time.perf_counter() - start

@@ -34,7 +34,7 @@ from eval import FORMAT, evaluate, load_checkpoint, run
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
 RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0)
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5)
-FIXED = ("dataset", "arch", "timesteps", "width")                # what a resumed run may not change
+FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by")                # what a resumed run may not change
 
 
 def number(kind, low, high=math.inf, or_equal=False):
@@ -56,7 +56,7 @@ def settings(argv=None):
     count, positive, at_least_0 = number(int, 1, or_equal=True), number(float, 0), number(float, 0, or_equal=True)
     g = p.add_argument_group("network")
     g.add_argument("--arch", choices=models.ARCHS, default="resnet19", help="(default: %(default)s)")
-    g.add_argument("--timesteps", type=count, default=4, metavar="T", help="time steps an image is shown for (default: %(default)s)")
+    g.add_argument("--timesteps", type=count, default=4, metavar="T", help="time steps an image is shown for, or frames a recording of events is cut into (default: %(default)s)")
     g.add_argument("--width", type=count, default=64, help="channels of the stem: 64 is the published network, 8 one for a laptop (default: %(default)s)")
     g.add_argument("--threshold", type=positive, default=1.0, help="initial threshold theta (default: %(default)s)")
     g.add_argument("--tau", type=number(float, 1), default=2.0, help="initial membrane time constant in time steps (default: %(default)s)")
@@ -67,6 +67,8 @@ def settings(argv=None):
     g.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="(default: %(default)s)")
     g.add_argument("--data-dir", default="data", help="where data sets are or are downloaded to; for 'folder' the image tree itself (default: %(default)s)")
     g.add_argument("--image-size", type=count, help=f"side of the images of 'folder' (default: 32; above {data.RESIDENT_UP_TO} they are streamed) and 'imagenet' (default: 224)")
+    g.add_argument("--dvs-split", choices=("first100", "random"), default="first100", help="test set of cifar10-dvs: the recordings 0-99 of each class, or a tenth of each drawn at random (default: %(default)s)")
+    g.add_argument("--bin-by", choices=("count", "time"), default="count", help="cut recordings of events into frames of equal count or of equal duration (default: %(default)s)")
     g.add_argument("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
     g.add_argument("--cutout", type=number(int, 0, or_equal=True), default=0, metavar="PIXELS", help="side of a square blanked in each training image (default: none)")
     g.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, help="processes that decode images (default: %(default)s)")
@@ -114,7 +116,7 @@ def open_run(s, given):
         checkpoint = load_checkpoint(out / "last.pt")
         for name in FIXED:
             if name in given and given[name] != checkpoint["settings"][name]:
-                raise UserError(f"the run in {out} has --{name} {checkpoint['settings'][name]}, not {given[name]}: "
+                raise UserError(f"the run in {out} has --{name.replace('_', '-')} {checkpoint['settings'][name]}, not {given[name]}: "
                                 "leave the flag out, or start a new run")
         changed = {k: v for k, v in given.items() if checkpoint["settings"].get(k) != v and k not in ("out", "resume")}
         return out, checkpoint, {**checkpoint["settings"], "device": s["device"], **given}, changed
@@ -231,7 +233,7 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")                   # TF32 where bfloat16 is off
     torch.backends.cudnn.benchmark = True
 
-    dataset = data.load(s["dataset"], s["data_dir"], s["image_size"], s["workers"])
+    dataset = data.load(s["dataset"], s["data_dir"], s["image_size"], s["workers"], s["timesteps"], s["dvs_split"], s["bin_by"])
     if s["limit"]:
         if s["limit"] > len(dataset):
             raise UserError(f"--limit {s['limit']} is more than the {len(dataset)} training images of {s['dataset']}")
@@ -282,6 +284,7 @@ def main(argv=None):
         f"{sum(isinstance(m, neuron.TrLIF) for m in model.modules())} neuron layers: theta {s['threshold']:g}, tau {s['tau']:g}"
         f"{' (fixed)' if s['fixed_neuron'] else ''}, MP-Init {s['mp_init']}, surrogate {s['surrogate']}")
     say(f"data      {s['dataset']}, {len(dataset):,d} training images of {dataset.size[0]}x{dataset.size[1]}, {len(dataset.classes)} classes"
+        + (f", {dataset.frames} frames each by {s['bin_by']}, split {dataset.split}" if dataset.frames else "")
         + ("  (drawn shapes: a smoke test, no benchmark)" if s["dataset"].startswith("shapes") else ""))
     say(f"recipe    {s['epochs']} epochs of {steps} steps of {s['batch_size']}, {s['optimizer']}, lr {s['lr']:g}, warm-up {100 * s['warmup']:.0f} %, "
         f"cosine to 0, weight decay {s['weight_decay']:g}, label smoothing {s['label_smoothing']:g}, mixup {s['mixup']:g}, cutout {s['cutout']}, seed {s['seed']}")
@@ -292,7 +295,8 @@ def main(argv=None):
     def save(name):
         state = dict(format=FORMAT, network=network, model=model.state_dict(), settings=s, epoch=epoch, step=step, best=best,
                      rows=rows, seconds=spent + time.perf_counter() - start, totals=totals, optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict(), data=dict(name=s["dataset"], mean=dataset.mean, std=dataset.std, image_size=s["image_size"]))
+                     scaler=scaler.state_dict(), data=dict(name=s["dataset"], mean=dataset.mean, std=dataset.std, image_size=s["image_size"],
+                               dvs_split=s["dvs_split"], bin_by=s["bin_by"]))
         data.write_atomically(out / name, lambda file: torch.save(state, file))
 
     def stop_if_bad(x):
@@ -351,7 +355,7 @@ def main(argv=None):
         rows.append(dict(epoch=epoch + 1, lr=f"{rate:.6g}", train_loss=f"{loss / images:.5f}", train_acc=f"{right / images:.5f}",
                          **{f"test_acc_t{t}": f"{a:.5f}" for t, a in enumerate(test["top1_at"], 1)},
                          images_per_s=f"{(steps - first_step) * s['batch_size'] / train_seconds:.1f}",
-                         seconds=f"{spent + time.perf_counter() - start:.1f}"))
+                         seconds=f"{spent + time.perf_counter() - start:.1f}", **({"split": dataset.split} if dataset.split else {})))
         say(f"epoch {epoch + 1}/{s['epochs']}: loss {loss / images:.4f}, accuracy {100 * right / images:.2f} %, test {100 * test['top1']:.2f} % "
             f"({', '.join(f't={t} {100 * a:.2f}' for t, a in enumerate(test['top1_at'], 1))}), {rows[-1]['images_per_s']} images/s, "
             f"{duration((time.perf_counter() - start) * ((s['epochs'] * steps - done_before) / ((epoch + 1) * steps - done_before) - 1))} left", flush=True)
