@@ -41,6 +41,12 @@ def input_current(conv_bn, x, timesteps):
     return conv_bn(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], -1))
 
 
+def join(x, y, dim, folded):
+    """Add spikes y to a residual stream x. In a folded network (eval.py) they are 0 or 1 without their thetas, which
+    differ: there the summands stay side by side along dim, the channels, each with weights of its own behind it."""
+    return torch.cat([x, y], dim) if folded else x + y
+
+
 class Block(nn.Module):
     """conv-BN-LIF-conv-BN beside a shortcut. Plain: add, then fire. SEW: fire, then add; the shortcut fires too."""
 
@@ -48,7 +54,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.bn1, self.lif1 = conv(c_in, c_out, 3, stride), nn.BatchNorm2d(c_out), TrLIF(**neuron)
         self.conv2, self.bn2, self.lif2 = conv(c_out, c_out, 3), nn.BatchNorm2d(c_out), TrLIF(**neuron)
-        self.sew, self.shortcut, self.lif_shortcut = sew, None, None
+        self.sew, self.folded, self.shortcut, self.lif_shortcut = sew, False, None, None
         if stride != 1 or c_in != c_out:                         # the shape changes: a 1x1 convolution adapts it
             self.shortcut = nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
             self.lif_shortcut = TrLIF(**neuron) if sew else None
@@ -62,7 +68,7 @@ class Block(nn.Module):
             return fire(self.lif2, y + x, T)
         if self.lif_shortcut is not None:
             x = fire(self.lif_shortcut, x, T)
-        return fire(self.lif2, y, T) + x
+        return join(x, fire(self.lif2, y, T), 1, self.folded)
 
 
 class ResNet(nn.Module):
@@ -124,7 +130,7 @@ class Spikformer(nn.Module):
 
     def __init__(self, num_classes, timesteps, in_channels, width, neuron, depth=4, heads=12):
         super().__init__()
-        self.timesteps = timesteps
+        self.timesteps, self.folded = timesteps, False
         dim = 6 * width
         channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
         self.patches = nn.ModuleList(nn.Sequential(conv(a, b, 3), nn.BatchNorm2d(b))
@@ -142,11 +148,11 @@ class Spikformer(nn.Module):
         x = self.pools[0](self.lifs[0](x).flatten(0, 1))
         for patch, lif, pool in zip(self.patches[1:4], self.lifs[1:4], self.pools[1:]):
             x = pool(fire(lif, patch(x), T))
-        x = x + fire(self.lifs[4], self.patches[4](x), T)        # position, from the neighbouring patches
+        x = join(x, fire(self.lifs[4], self.patches[4](x), T), 1, self.folded)  # position, from the neighbouring patches
         x = x.flatten(2).transpose(1, 2)                         # [T*B, N, D]
         for attention, (up, down) in zip(self.attention, self.mlp):
-            x = x + attention(x, T)
-            x = x + down(up(x, T), T)
+            x = join(x, attention(x, T), 2, self.folded)
+            x = join(x, down(up(x, T), T), 2, self.folded)
         return self.head(x.mean(1)).unflatten(0, (T, -1))
 
 
