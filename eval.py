@@ -13,6 +13,7 @@ when the network is read out after t = 1 ... T time steps. Further:
 What the figures mean is written under every table.
 """
 import argparse
+import collections
 import copy
 import math
 import pathlib
@@ -26,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import figures
 import models
 from data import UserError, first_line
 from neuron import TrLIF, lif
@@ -34,7 +36,6 @@ FORMAT = "MP-Init + TrSG checkpoint 1"
 PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9                                 # energy of a 32-bit multiply-accumulate, accumulate: 45 nm CMOS
 RANGE, BINS_PER_THRESHOLD = 32, 256                              # potential histograms reach from -32 to 32 thresholds
 BINS = 2 * RANGE * BINS_PER_THRESHOLD
-START = {"v_init": "v[0] = v_init (MP-Init)", "0": "v[0] = 0"}
 
 
 def load_checkpoint(path):
@@ -56,7 +57,7 @@ def build_network(checkpoint, path="checkpoint"):
     """The network in a checkpoint, in evaluation mode."""
     try:
         model = models.build(**checkpoint["network"])
-        model = fold(model) if checkpoint.get("folded") else model
+        model = models.fold(model) if checkpoint.get("folded") else model
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: weights and description of the network do not fit: {first_line(error)}") from error
@@ -99,14 +100,13 @@ def test_data(checkpoint, data_dir, workers):
 
 
 def take(dataset, batch_size, images=None):
-    """The test batches without padding; the first `images` of them only if given."""
-    left = math.inf if images is None else images
+    """The test batches without padding, of the first `images` images only if given."""
+    left = images or math.inf
     for x, y in dataset.test(batch_size):
-        keep = int(min(left, (y >= 0).sum().item()))
-        if keep:
-            yield x[:keep], y[:keep]
-        left -= keep
-        if left <= 0:
+        n = min(left, (y >= 0).sum().item())
+        yield x[:n], y[:n]
+        left -= n
+        if left == 0:
             return
 
 
@@ -114,284 +114,152 @@ def neurons_of(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, TrLIF)}
 
 
-# ---- counting spikes and operations
-
-def wiring(model):
-    """Who feeds whom, by the names of the modules, in the order of computation.
-
-    synapses  [(layer, its BatchNorm or None, [neuron layers whose spikes arrive, added up])]; a plain resnet's shortcut
-              without a convolution is named too: there each spike goes to one neuron
-    pooled    {neuron layer: the pooling behind it, whose output is what is really sent}
-    """
-    if isinstance(model, models.Spikformer):
-        synapses = [(f"patches.{i}.0", f"patches.{i}.1", [f"lifs.{i - 1}"] if i else []) for i in range(5)]
-        stream = ["lifs.3", "lifs.4"]
-        for i in range(len(model.mlp)):
-            for stage, inner in ((f"attention.{i}", "q k v"), (f"mlp.{i}", "0")):
-                out = f"{stage}.out" if "k" in inner else f"{stage}.1"
-                synapses += [(f"{stage}.{n}.linear", f"{stage}.{n}.bn", stream) for n in inner.split()]
-                synapses += [(f"{out}.linear", f"{out}.bn", [f"{stage}.lif" if "k" in inner else f"{stage}.0.lif"])]
-                stream = stream + [f"{out}.lif"]
-        return synapses + [("head", None, stream)], {f"lifs.{i}": f"pools.{i}" for i in range(4)}
-    synapses, stream = [("stem.0", "stem.1", [])], ["lif"]
-    for i, block in enumerate(model.blocks):
-        b, adapts = f"blocks.{i}", isinstance(block.shortcut, nn.Sequential)
-        if adapts:
-            synapses.append((f"{b}.shortcut.0", f"{b}.shortcut.1", stream))
-        elif not block.sew:
-            synapses.append((f"{b}.shortcut", None, stream))
-        synapses += [(f"{b}.conv1", f"{b}.bn1", stream), (f"{b}.conv2", f"{b}.bn2", [f"{b}.lif1"])]
-        kept = [] if not block.sew else [f"{b}.lif_shortcut"] if adapts else stream
-        stream = kept + [f"{b}.lif2"]
-    return synapses + [("head", None, stream)], {"lif": "pool"}
-
-
 def observe(model, batches):
-    """evaluate(), and the spikes that flowed meanwhile, as sums over all images, which is all the memory it takes:
+    """evaluate(), and the spikes that flowed meanwhile, summed over the images: memory does not grow with their number.
 
-    {neuron layer: [T, *neurons], pooling: [*outputs], attention: additions in k^T v, "events" and "analog": [C, H, W]}
+    counts: {neuron layer: [T, *neurons], pooling: [*outputs], attention: additions in k^T v, "events", "analog": [C, H, W]}
     """
-    counts, kept = {}, {}
-
-    def add(name, tensor):
-        counts[name] = counts.get(name, 0) + tensor.double()
+    model, counts, k_spikes = copy.deepcopy(model), collections.defaultdict(float), {}      # the hooks stay on the copy
 
     def at_input(_, inputs):
         # An image is analog. A whole number k in an event frame is k spikes, any other value in it analog too.
-        x, static = inputs[0], inputs[0].dim() == 4
-        frames = x if static else x.flatten(0, 1)
-        whole = torch.zeros_like(x, dtype=torch.bool) if static else (frames == frames.round()) & (frames >= 0)
-        add("events", (frames * whole).sum(0))
-        add("analog", (~whole).float().sum(0))
+        x = inputs[0] if inputs[0].dim() == 4 else inputs[0].flatten(0, 1)
+        whole = (x == x.round()) & (x >= 0) & (inputs[0].dim() == 5)
+        counts["events"] += (x * whole).double().sum(0)
+        counts["analog"] += (~whole).double().sum(0)
 
-    def at_neurons(name):                                        # the sum over B is exact: float32 counts to 2^24
-        return lambda _, inputs, o: add(name, (o != 0).float().sum(1))
+    def at_spikes(name, dim):                                    # float32 counts exactly up to 2^24 images a batch
+        return lambda _, inputs, o: counts.update({name: counts[name] + (o != 0).float().sum(dim).double()})
 
-    def at_pooling(name):
-        return lambda _, inputs, o: add(name, (o != 0).float().sum(0))
-
-    def at_attention(name, heads):
-        # Entry (a, b) of k^T v adds 1 for each token where k_a and v_b both fired: (spikes in k) x (spikes in v) a token.
+    def at_attention(name, part, heads):
+        # Entry (a, b) of k^T v adds 1 for every token in which k_a and v_b both fired: spikes of k times spikes of v.
         def hook(_, inputs, o):                                  # o [T, B, N, D]
-            spikes = (o != 0).unflatten(3, (heads, -1)).float().sum(4)
-            if name in kept:                                     # k has been here, this is v
-                add(name, (kept.pop(name) * spikes).double().sum())
+            spikes = (o != 0).unflatten(3, (heads, -1)).sum(4).double()
+            if part == "k":
+                k_spikes[name] = spikes
             else:
-                kept[name] = spikes
+                counts[name] += (k_spikes.pop(name) * spikes).sum()
         return hook
 
-    hooks = [model.register_forward_pre_hook(at_input)]
-    hooks += [layer.register_forward_hook(at_neurons(name)) for name, layer in neurons_of(model).items()]
-    hooks += [model.get_submodule(name).register_forward_hook(at_pooling(name)) for name in wiring(model)[1].values()]
+    model.register_forward_pre_hook(at_input)
     for name, layer in model.named_modules():
-        if isinstance(layer, models.SpikingSelfAttention):
-            hooks += [part.lif.register_forward_hook(at_attention(name, layer.heads)) for part in (layer.k, layer.v)]
-    try:
-        return evaluate(model, batches), counts
-    finally:
-        for hook in hooks:
-            hook.remove()
+        if isinstance(layer, TrLIF):
+            layer.register_forward_hook(at_spikes(name, 1))
+        elif name in models.wiring(model)[1].values():
+            layer.register_forward_hook(at_spikes(name, 0))
+        elif isinstance(layer, models.SpikingSelfAttention):
+            for part in "kv":
+                layer.get_submodule(f"{part}.lif").register_forward_hook(at_attention(name, part, layer.heads))
+    return evaluate(model, batches), counts
 
 
 def fan_out(layer, size):
-    """How many connections leave each input place of a layer: a number, or [H, W] for a convolution on that size.
+    """The connections that leave each place of a layer's input: a number, or [H, W] for a convolution on that size.
 
-    Every output's derivative with respect to an input is 1 for each tap of an all-ones kernel that reads it; stride and
-    padding are thereby right at the borders, too."""
-    if layer is None:                                            # a shortcut: one neuron
-        return 1
-    if isinstance(layer, nn.Linear):
-        return layer.out_features
-    x = torch.zeros(1, 1, *size, requires_grad=True)
-    with torch.enable_grad():
-        y = F.conv2d(x, torch.ones(1, 1, *layer.kernel_size), None, layer.stride, layer.padding, layer.dilation)
-        taps = torch.autograd.grad(y.sum(), x)[0][0, 0].double()
-    return taps * (layer.out_channels // layer.groups)
+    The derivative of a convolution with ones, summed, is the number of taps that read a place: borders and strides included."""
+    if not isinstance(layer, nn.Conv2d):
+        return layer.out_features if layer else 1                # no layer: a shortcut, to one neuron
+    x, ones = torch.zeros(1, 1, *size, requires_grad=True), torch.ones(1, 1, *layer.kernel_size)
+    y = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation)
+    return torch.autograd.grad(y.sum(), x)[0][0, 0].double() * (layer.out_channels // layer.groups)
 
 
 def operations(model, counts, images):
-    """What the layers did for one image on average, from the spikes observe() counted: a list of dicts.
+    """What each layer did for an image on average, given what observe() counted: [{layer, spikes, acs, macs, dense, pj, dense_pj}].
 
-    spikes  that arrived    acs  accumulates: one for each spike and connection    macs  multiply-accumulates: analog input
-    dense   multiply-accumulates of the same layer in a conventional network: all connections, once
-    """
-    synapses, pooled = wiring(model)
-    layers, rows = dict(model.named_modules()), []
+    spikes arrived there; acs: accumulates, one for each spike and connection; macs: multiply-accumulates, on analog input;
+    dense: those of the same layer in a conventional network, one for each input and connection; pj, dense_pj: energy in pJ."""
+    (synapses, pooled), layers, rows = models.wiring(model), dict(model.named_modules()), []
 
-    def row(name, spikes, acs, macs, dense):
-        rows.append({k: v if k == "layer" else float(v) for k, v in dict(
-            layer=name, spikes=spikes / images, acs=acs / images, macs=macs / images, dense=dense).items()})
+    def row(layer, spikes, acs, macs, dense):
+        spikes, acs, macs = (float(v) / images for v in (spikes, acs, macs))
+        rows.append(dict(layer=layer, spikes=spikes, acs=acs, macs=macs, dense=float(dense),
+                         pj=PJ_PER_AC * acs + PJ_PER_MAC * macs, dense_pj=PJ_PER_MAC * float(dense)))
 
     for name, _, sources in synapses:
-        sent = [(counts[pooled[s]] if s in pooled else counts[s].sum(0)).cpu() for s in sources]
-        layer, analog = layers.get(name), torch.zeros(())
-        if not sources:
-            sent, analog = [counts["events"].cpu()], counts["analog"].cpu()
-        fan = fan_out(layer, sent[0].shape[1:])
-        row(name, sum(s.sum() for s in sent), sum((s * fan).sum() for s in sent), (analog * fan).sum(),
-            (torch.ones_like(sent[0]) * fan).sum() if layer is not None and name[-8:] != "shortcut" else 0)
+        arrived = [counts[pooled[s]].cpu() if s in pooled else counts[s].sum(0).cpu() for s in sources] or [counts["events"].cpu()]
+        fan = fan_out(layers.get(name), arrived[0].shape[1:])
+        row(name, sum(a.sum() for a in arrived), sum((a * fan).sum() for a in arrived), 0 if sources else (counts["analog"].cpu() * fan).sum(),
+            0 if name.endswith("shortcut") else (torch.ones_like(arrived[0]) * fan).sum())
     for name, layer in layers.items():
         if isinstance(layer, models.SpikingSelfAttention):
-            q, tokens, dim = counts[f"{name}.q.lif"].sum(), *counts[f"{name}.q.lif"].shape[1:]
-            width = dim // layer.heads                           # a spike in q adds one row of k^T v: `width` whole numbers
-            spikes = counts[f"{name}.k.lif"].sum() + counts[f"{name}.v.lif"].sum()
-            row(f"{name}: k^T v", spikes, counts[name], 0, tokens * dim * width)
-            row(f"{name}: q (k^T v)", q, q * width, 0, tokens * dim * width)
+            q, k, v = (counts[f"{name}.{part}.lif"] for part in "qkv")                      # [T, N, D]
+            width = q.shape[2] // layer.heads                    # of a head: a spike of q adds a row of so many whole numbers
+            row(f"{name} k^T v", k.sum() + v.sum(), counts[name], 0, q[0].numel() * width)
+            row(f"{name} q (k^T v)", q.sum(), q.sum() * width, 0, q[0].numel() * width)
     return rows
 
 
-def picojoule(row):
-    return PJ_PER_AC * row["acs"] + PJ_PER_MAC * row["macs"]
+def potentials(model, batches, T, steps, v_init=None):
+    """evaluate() over so many steps, and histograms of v[t] / theta after the reset: {neuron layer: [T + 1, BINS]}.
 
-
-# ---- folding thresholds and BatchNorm into the weights
-
-@torch.no_grad()
-def fold(model):
-    """A copy of a network for inference in which every spike is exactly 1 and BatchNorm is gone. The same predictions.
-
-    A neuron that emits theta s into weights W does the same as one that emits s into theta W. So each neuron layer
-    emits 0 or 1 (its threshold still decides when), and the weights behind it take its theta; so do a plain resnet's
-    shortcuts, which become one weight a spike. BatchNorm, a fixed scale and shift here, goes into the weights before it
-    and a bias. The product q k^T v has no weights: the thetas of its three factors divide the threshold behind it
-    instead. Residual streams of sew_resnet* and spikformer add spikes of several thetas, which no common weight can
-    absorb: there the spikes of each source stay apart (models.join) and the layers behind get one weight set a source.
-    That costs memory for weights, not operations: each spike still meets one weight a connection. The head reads means
-    over the image: whole numbers of spikes over the number of places, of which the 1 / places belongs to its weights.
-    """
-    model = copy.deepcopy(model).eval()
-    layers, thetas = dict(model.named_modules()), {n: layer.threshold for n, layer in neurons_of(model).items()}
-    for name, bn, sources in wiring(model)[0]:
-        layer, parent, last = layers.get(name), *name.rpartition(".")[::2]
-        if layer is None:                                        # one connection, of weight theta, for each spike
-            channels = layers[f"{parent}.conv2"].out_channels
-            new = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
-            weight, bias = thetas[sources[0]].expand_as(new.weight), None
-        else:
-            weight = torch.cat([layer.weight * thetas[s] for s in sources], 1) if sources else layer.weight
-            bias = layer.bias if layer.bias is not None else weight.new_zeros(len(weight))
-            if bn:
-                gain = layers[bn].weight / (layers[bn].running_var + layers[bn].eps).sqrt()
-                weight = weight * gain.view(-1, *[1] * (weight.dim() - 1))
-                bias = (bias - layers[bn].running_mean) * gain + layers[bn].bias
-                setattr(layers[bn.rpartition(".")[0]], bn.rpartition(".")[2], nn.Identity())
-            if isinstance(layer, nn.Linear):
-                new = nn.Linear(weight.shape[1], len(weight))
-            else:
-                new = nn.Conv2d(weight.shape[1], len(weight), layer.kernel_size, layer.stride, layer.padding)
-        new = new.to(weight)
-        new.weight.copy_(weight)
-        if bias is not None:
-            new.bias.copy_(bias)
-        setattr(layers[parent], last, new)
-    for name, layer in layers.items():
-        if isinstance(layer, models.SpikingSelfAttention):       # current, threshold and start divided alike: same spikes
-            scale = math.prod(thetas[f"{name}.{n}.lif"] for n in "qkv")
-            theta = thetas[f"{name}.lif"] / scale
-            layer.lif.raw_threshold.copy_(theta + torch.log(-torch.expm1(-theta)))           # softplus, inverted
-            layer.lif.v_init /= scale
-        if isinstance(layer, TrLIF):
-            layer.surrogate = "absolute"                         # emits s
-        if isinstance(layer, models.Spikformer) or getattr(layer, "sew", False):
-            layer.folded = True
-    return model
-
-
-def agreement(model, folded, batches):
-    """The share of images for which two networks predict the same, and their largest relative difference in logits."""
-    same = images = difference = 0
-    with torch.no_grad():
-        for x, _ in batches:
-            a, b = model(x).mean(0), folded(x).mean(0)
-            same, images = same + (a.argmax(1) == b.argmax(1)).sum().item(), images + len(x)
-            difference = max(difference, ((a - b).abs().max() / a.abs().max()).item())
-    return same / images, difference
-
-
-# ---- membrane potentials
-
-def potentials(model, batches, T, steps):
-    """evaluate() over `steps` time steps, and histograms {neuron layer: [T + 1, BINS]} of the potentials v[t] / theta
-
-    after the reset, at t = 1 ... T and, in the last row, pooled over the last T of the steps: the stationary law. A
-    static image is shown on; the frames of an event recording are repeated from the first."""
-    histograms, run_for = {}, model.timesteps
+    Rows are t = 1 ... T and, pooled over the last T of the steps, the stationary law. An image is shown on, the frames of
+    an event recording are repeated. v_init: where the potentials start, if not where the network has learned to."""
+    model, histograms = copy.deepcopy(model), {}                 # the hooks stay on the copy
+    model.timesteps = steps
 
     def at_neurons(histogram):
-        def hook(layer, inputs):                                 # the neuron itself, step by step
+        def hook(layer, inputs):                                 # the neuron itself, one step at a time
             v, theta = layer.v_init, layer.threshold
             for t, x in enumerate(inputs[0].split(1)):
                 _, v, _ = lif(x, v, theta, layer.decay, layer.surrogate)
-                if t < T or t >= steps - T:
-                    bins = (v / theta * BINS_PER_THRESHOLD + BINS / 2).clamp_(0, BINS - 1).int()   # beyond: in the last bin
+                if t < T or t >= steps - T:                      # beyond the range: in the last bin
+                    bins = (v / theta * BINS_PER_THRESHOLD + BINS / 2).clamp_(0, BINS - 1).int()
                     histogram[min(t, T)] += torch.bincount(bins.flatten(), minlength=BINS)
         return hook
-    hooks = []
     for name, layer in neurons_of(model).items():
         histograms[name] = torch.zeros(T + 1, BINS, dtype=torch.long, device=layer.v_init.device)
-        hooks.append(layer.register_forward_pre_hook(at_neurons(histograms[name])))
-    try:
-        model.timesteps = steps
-        shown = ((x if x.dim() == 4 else x[:, torch.arange(steps) % T], y) for x, y in batches)
-        return evaluate(model, shown), {name: h.cpu() for name, h in histograms.items()}
-    finally:
-        model.timesteps = run_for
-        for hook in hooks:
-            hook.remove()
+        layer.register_forward_pre_hook(at_neurons(histograms[name]))
+        if v_init is not None:
+            layer.v_init.fill_(v_init)
+    shown = ((x if x.dim() == 4 else x[:, torch.arange(steps) % T], y) for x, y in batches)
+    return evaluate(model, shown), {name: h.cpu() for name, h in histograms.items()}
 
 
 def wasserstein(counts, reference):
-    """1-Wasserstein distance of laws given as counts [..., BINS], in thresholds: the area between their cumulative laws.
-
-    Each law is known up to half a bin, so the result is off by at most one bin, 1/256 threshold."""
-    cumulative = [(c.double() / c.double().sum(-1, keepdim=True)).cumsum(-1) for c in (counts, reference)]
-    return (cumulative[0] - cumulative[1]).abs().sum(-1) / BINS_PER_THRESHOLD
+    """1-Wasserstein distance, in thresholds, of laws given as counts [..., BINS]: the area between their cumulative laws.
+    A bin does not tell where in it a potential is: off by at most one bin."""
+    a, b = ((c.double() / c.double().sum(-1, keepdim=True)).cumsum(-1) for c in (counts, reference))
+    return (a - b).abs().sum(-1) / BINS_PER_THRESHOLD
 
 
 def moments(counts):
     """Mean and standard deviation in thresholds of laws given as counts [..., BINS]."""
-    middle = (torch.arange(BINS).double() + 0.5) / BINS_PER_THRESHOLD - RANGE
-    p = counts.double() / counts.double().sum(-1, keepdim=True)
+    middle, p = (torch.arange(BINS).double() + 0.5 - BINS / 2) / BINS_PER_THRESHOLD, counts.double() / counts.double().sum(-1, keepdim=True)
     mean = (p * middle).sum(-1)
     return mean, ((p * middle ** 2).sum(-1) - mean ** 2).clamp(min=0).sqrt()
 
 
-# ---- all of it for one checkpoint, as tables and as a picture
-
 def inspect(path, checkpoint, model, dataset, batch_size, images=None):
-    """Everything measured on one checkpoint, in a dict that report() and plot() read."""
-    T = dataset.frames or model.timesteps
+    """All that report() and plot() show of one checkpoint, in a dict."""
+    T, neurons = dataset.frames or model.timesteps, neurons_of(model)
     result, counts = observe(model, take(dataset, batch_size, images))
-    neurons = neurons_of(model)
-    # Run on for 4 T steps, and longer where a leak is slow: until (1 - k)^steps, what is left of the start, is 1 %.
-    slowest = 1 - min(layer.decay.item() for layer in neurons.values())
-    steps = T + min(max(4 * T, math.ceil(math.log(0.01) / math.log(slowest))), 64)
-    at_zero = copy.deepcopy(model)
-    for layer in neurons_of(at_zero).values():
-        layer.v_init.zero_()
+    # Run on for 4 T steps, or longer where a leak is slow: until (1 - k)^steps, what is left of the start, is 1 %.
+    kept = max(1 - layer.decay.item() for layer in neurons.values())
+    steps = T + min(max(4 * T, math.ceil(math.log(0.01) / math.log(kept))), 64)
     runs = {}
-    for start, network in (("v_init", model), ("0", at_zero)):
-        run_on, laws = potentials(network, take(dataset, max(1, batch_size * T // steps), images), T, steps)
+    for start, v_init in ("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0):
+        run_on, laws = potentials(model, take(dataset, max(1, batch_size * T // steps), images), T, steps, v_init)
         runs[start] = dict(top1_at=run_on["top1_at"], laws=laws,
-                           w1=torch.stack([wasserstein(law[:T], law[T]) for law in laws.values()]))     # [layers, T]
+                           shift=torch.stack([wasserstein(law[:T], law[T]) for law in laws.values()]))       # [layers, T]
     rows = operations(model, counts, result["images"])
-    rates = {n: (counts[n].flatten(1).mean(1) / result["images"]).tolist() for n in neurons}            # spikes a neuron and step
-    return dict(path=str(path), network=checkpoint["network"], data=checkpoint["data"]["name"], T=T, steps=steps, result=result, rates=rates, runs=runs, rows=rows,
-                parameters=sum(p.numel() for p in model.parameters()),
-                silent={n: (counts[n].sum(0) == 0).double().mean().item() for n in neurons},
+    network, name, images = checkpoint["network"], checkpoint["data"]["name"], result["images"]
+    title = f"{path}: {network['arch']}, width {network['width']}, T = {T}, {name}, {images:,d} test images, top-1 {100 * result['top1']:.2f} %"
+    return dict(path=str(path), title=title, arch=network["arch"], T=T, range=RANGE, steps=steps, result=result,
+                runs=runs, rows=rows, parameters=sum(p.numel() for p in model.parameters()),
                 neurons={n: (layer.threshold.item(), layer.tau.item(), layer.v_init.item()) for n, layer in neurons.items()},
-                places=sum(counts[n][0].numel() for n in neurons),
-                spikes=sum(counts[n].sum().item() for n in neurons) / result["images"],
-                energy=sum(map(picojoule, rows)), conventional=sum(PJ_PER_MAC * row["dense"] for row in rows))
+                rates={n: (counts[n].flatten(1).mean(1) / result["images"]).tolist() for n in neurons},
+                silent={n: (counts[n].sum(0) == 0).double().mean().item() for n in neurons},
+                size=sum(counts[n][0].numel() for n in neurons), spikes=sum(counts[n].sum().item() for n in neurons) / result["images"],
+                mj=1e-9 * sum(row["pj"] for row in rows), dense_mj=1e-9 * sum(row["dense_pj"] for row in rows))
 
 
 def table(header, rows):
-    """A Markdown table, aligned so that it reads well as plain text too. header: "a | b | c"."""
-    cells = [[c.strip() for c in header.split("|")], *[[str(c) for c in row] for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in cells]
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+    """A Markdown table that is aligned to be read as plain text, too. header: "a | b | c"."""
+    rows = [header.split(" | "), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    return "\n".join("| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in rows) + "\n"
 
 
 def percent(values):
@@ -401,214 +269,136 @@ def percent(values):
 def comparison(looks):
     return table("checkpoint | network | T | parameters | top-1 | after t = 1, 2, ... | firing rate | spikes/image | energy/image | conventional"
                  " | shift at t=1 | with v[0] = 0", [
-        (look["path"], look["network"]["arch"], look["T"], f"{look['parameters']:,d}", *percent([look["result"]["top1"]]),
-         ", ".join(f"{100 * a:.2f}" for a in look["result"]["top1_at"]), *percent([look["spikes"] / look["T"] / look["places"]]),
-         f"{look['spikes']:,.0f}", f"{look['energy'] * 1e-9:.4g} mJ", f"{look['conventional'] * 1e-9:.4g} mJ",
-         *(f"{run['w1'][:, 0].mean():.3f}" for run in look["runs"].values())) for look in looks]) + """
-Energy: arithmetic only, 45 nm CMOS, 4.6 pJ a multiply-accumulate, 0.9 pJ an accumulate; conventional: the same network, one pass, all
-multiply-accumulates. Shift: distance (1-Wasserstein, in thresholds, mean over layers) of the potentials at t = 1 from their stationary law.
+        [k["path"], k["arch"], k["T"], f"{k['parameters']:,d}", *percent([k["result"]["top1"]]), ", ".join(percent(k["result"]["top1_at"])),
+         *percent([k["spikes"] / k["T"] / k["size"]]), f"{k['spikes']:,.0f}", f"{k['mj']:.4g} mJ", f"{k['dense_mj']:.4g} mJ",
+         *(f"{run['shift'][:, 0].mean():.3f}" for run in k["runs"].values())] for k in looks]) + """
+Firing rate: spikes a neuron and step. Energy: arithmetic only, 45 nm, 4.6 pJ a multiply-accumulate and 0.9 pJ an accumulate; conventional:
+the same network in one pass, all multiply-accumulates. Shift: distance of the potentials at t = 1 from their stationary law, in thresholds
+(1-Wasserstein, mean over layers), as the network is and started at 0.
 """
 
 
 def report(look):
     """What inspect() found, as Markdown."""
-    T, network, images = look["T"], look["network"], look["result"]["images"]
-    starts = [(START[start], run) for start, run in look["runs"].items()]
-    at, laws = " | ".join(f"t={t}" for t in range(1, T + 1)), [run["laws"] for run in look["runs"].values()]
-    ends = max((law[..., [0, -1]].sum(-1) / law.sum(-1)).max().item() for run in laws for law in run.values())
-    total = {key: sum(row[key] for row in look["rows"]) for key in ("acs", "macs", "dense")}
+    T, runs, rows = look["T"], look["runs"], look["rows"]
+    at, first = " | ".join(f"t={t}" for t in range(1, T + 1)), next(iter(runs.values()))
+    beyond = max((law[:, [0, -1]].sum(1) / law.sum(1)).max().item() for run in runs.values() for law in run["laws"].values())
+    laws = {start: {n: [f"{m:.3f} ± {s:.3f}" for m, s in zip(*moments(law))] for n, law in run["laws"].items()} for start, run in runs.items()}
+    return f"""# {look["title"]}
 
-    def law(counts, w1=None):
-        mean, deviation = moments(counts)
-        return f"{mean:.3f} ± {deviation:.3f}" + ("" if w1 is None else f" | {w1:.3f}")
-    shifts = [[name, t + 1, *" | ".join(law(run["laws"][name][t], run["w1"][i, t]) for _, run in starts).split(" | "),
-               law(laws[0][name][T])] for i, name in enumerate(look["rates"]) for t in range(T)]
-    return f"""# {look["path"]}
+Top-1 accuracy when read out after t steps:
 
-{network["arch"]}, width {network["width"]}, T = {T}, {look["parameters"]:,d} parameters, {look["data"]}, {images:,d} test images: top-1 {100 * look["result"]["top1"]:.2f} %
-
-## Accuracy when read out after t steps
-
-{table(f"potentials start at | {at}", [[start, *percent(run["top1_at"][:T])] for start, run in starts])}
+{table(f"start | {at}", [[start, *percent(run["top1_at"][:T])] for start, run in runs.items()])}
 ## Neurons
 
-{table(f"layer | theta | tau (steps) | v_init | never fire | rate {at.replace('| ', '| rate ')}", [[n, *(f"{v:.3f}" for v in look["neurons"][n]), *percent([look["silent"][n], *rate])] for n, rate in look["rates"].items()])}
-Firing rate: spikes a neuron and time step. Never fire: the share of neurons without a spike on any of the images.
+{table(f"layer | theta | tau | v_init | never fire | {at}", [[n, *(f"{v:.3f}" for v in look["neurons"][n]), *percent([look["silent"][n], *rate])] for n, rate in look["rates"].items()])}
+Under t: firing rate, spikes a neuron at that step. Never fire: the share of neurons without a spike on any image. tau in time steps.
 
 ## Temporal covariate shift
 
-{table(f"mean over layers | {at}", [[start, *(f"{w:.3f}" for w in run["w1"].mean(0))] for start, run in starts])}
-Distance (1-Wasserstein) of the membrane potentials v[t] after the reset from their stationary law, in thresholds: 0 means that step t sees the
-potentials that every later step sees. The stationary law is that of the last {T} of {look["steps"]} steps of the same network on the same images.
+{table(f"mean over layers | {at}", [[start, *(f"{w:.3f}" for w in run["shift"].mean(0))] for start, run in runs.items()])}
+Distance (1-Wasserstein, in thresholds) of the membrane potentials v[t], after the reset, from their stationary law, which is that of the last
+{T} of {look["steps"]} steps of the same network on the same images. 0: step t sees the potentials that all later steps see.
 
-{table(" | ".join(["layer | t", *(f"{start}: mean ± sd | distance" for start, _ in starts), "stationary: mean ± sd"]), shifts)}
-From histograms with bins of 1/{BINS_PER_THRESHOLD} threshold: distances and means are off by at most that. At most {100 * ends:.2g} % of a law lies
-beyond the histograms' {RANGE} thresholds and counts as being there.
+{table(" | ".join(["layer", "t", *(f"{start}: mean ± sd | distance" for start in runs), "stationary: mean ± sd"]),
+       [[n, t + 1, *(v for start, run in runs.items() for v in (laws[start][n][t], f"{run['shift'][i, t]:.3f}")), laws[next(iter(runs))][n][T]]
+        for i, n in enumerate(first["laws"]) for t in range(T)])}
+From histograms with bins of 1/{BINS_PER_THRESHOLD} threshold: a distance is off by at most one bin, a mean by half a bin. At most {100 * beyond:.2g} % of a
+law lies beyond {RANGE} thresholds and counts as being there.
 
 ## Operations and energy for one image
 
-{table("layer | spikes in | accumulates | multiply-accumulates | energy (uJ) | conventional (uJ)", [[r["layer"], f"{r['spikes']:,.1f}", f"{r['acs']:,.0f}", f"{r['macs']:,.0f}", f"{picojoule(r) * 1e-6:.4g}", f"{PJ_PER_MAC * r['dense'] * 1e-6:.4g}"] for r in look["rows"]])}
-**{look["spikes"]:,.0f} spikes, {total["acs"]:,.0f} accumulates, {total["macs"]:,.0f} multiply-accumulates: {look["energy"] * 1e-9:.4g} mJ.** The same network as a conventional one,
-one pass: {total["dense"]:,.0f} multiply-accumulates, {look["conventional"] * 1e-9:.4g} mJ, {look["conventional"] / look["energy"]:.2f} times as much.
+{table("layer | spikes in | accumulates | multiply-accumulates | energy (nJ) | conventional (nJ)", [[r["layer"], f"{r['spikes']:,.1f}", f"{r['acs']:,.0f}", f"{r['macs']:,.0f}", f"{r['pj'] * 1e-3:,.3f}", f"{r['dense_pj'] * 1e-3:,.3f}"] for r in rows])}
+{look["spikes"]:,.0f} spikes, {sum(r["acs"] for r in rows):,.0f} accumulates, {sum(r["macs"] for r in rows):,.0f} multiply-accumulates: {look["mj"]:.4g} mJ. The same network as a
+conventional one, in one pass: {sum(r["dense"] for r in rows):,.0f} multiply-accumulates, {look["dense_mj"]:.4g} mJ, {look["dense_mj"] / look["mj"]:.2f} times as much.
 
-A spike that arrives costs one accumulate (0.9 pJ) for each connection that leaves its place, borders and strides counted exactly; a place of a
-residual stream to which k neurons sent a spike costs k. An image is analog: its first layer costs multiply-accumulates (4.6 pJ), once for all
-T steps. Of event frames a whole number k counts as k spikes, anything else as analog. Attention: k^T v costs an accumulate
-for each pair of spikes that meet in a token, q (k^T v) one of a whole number for each spike in q and entry of a row. 45 nm CMOS, arithmetic
-only: no memory access, biases, pooling, and not the {look["places"] * T:,d} updates of neurons (a multiply-accumulate and a comparison each).
+A spike costs one accumulate (0.9 pJ) for each connection that leaves its place, strides and borders counted exactly; where a residual stream
+adds spikes of k neurons, k. An image is analog: its first layer costs multiply-accumulates (4.6 pJ), once for all steps. In event frames a
+whole number k counts as k spikes, anything else as analog. Attention: k^T v costs an accumulate for each pair of spikes that meet in a token,
+q (k^T v) one of a whole number for each spike of q and column of its head. 45 nm CMOS, arithmetic only: no memory access, biases or
+pooling, nor the {look["size"] * T:,d} updates of neurons (each a multiply-accumulate and a comparison).
 """
 
 
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
-    return plt
-
-
-def save_figure(figure, path):
-    data.write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
-    print(f"wrote {path}")
-
-
-def plot(look, path):
-    """Accuracy, firing rates, covariate shift, energy; below them potentials of four layers with MP-Init and without."""
-    plt, T, names, rows = pyplot(), look["T"], list(look["rates"]), look["rows"]
-    figure, axes = plt.subplots(3, 4, figsize=(20, 13), layout="constrained")
-    colours = [plt.cm.viridis(t / max(T, 2)) for t in range(T)]
-    figure.suptitle(f"{look['path']}: {look['network']['arch']}, width {look['network']['width']}, T = {T}, {look['data']}, {look['result']['images']:,d} test images", fontsize=13)
-    accuracy, rate, shift, energy = axes[0]
-    for (start, run), style in zip(look["runs"].items(), ("o-", "s--")):
-        accuracy.plot(range(1, look["steps"] + 1), [100 * a for a in run["top1_at"]], style, ms=4, label=START[start])
-        shift.plot(run["w1"][:, 0], style, ms=4, label=START[start])
-    accuracy.axvline(T, color="grey", lw=1, ls=":", label=f"T = {T} of the training")
-    accuracy.set(title="Accuracy when read out after t steps", xlabel="time step t", ylabel="top-1 (%)")
-    for t in range(T):
-        rate.plot([100 * look["rates"][n][t] for n in names], ".-", color=colours[t], label=f"t = {t + 1}")
-    rate.set(title="Firing rate", ylabel="spikes a neuron and step (%)")
-    shift.set(title="Covariate shift: distance of the potentials\nat t = 1 from their stationary law", ylabel="1-Wasserstein distance (thresholds)")
-    energy.bar([i - 0.2 for i in range(len(rows))], [PJ_PER_MAC * r["dense"] * 1e-6 for r in rows], 0.4, color="lightgrey", label=f"conventional: {look['conventional'] * 1e-9:.3g} mJ")
-    energy.bar([i + 0.2 for i in range(len(rows))], [picojoule(r) * 1e-6 for r in rows], 0.4, label=f"spiking: {look['energy'] * 1e-9:.3g} mJ")
-    energy.set(title="Energy an image (45 nm, arithmetic only)", ylabel="energy (uJ)", xlabel="layer with weights")
-    for panel, labels in ((rate, names), (shift, names), (energy, [r["layer"] for r in rows])):
-        every = -(-len(labels) // 24)
-        panel.set_xticks(range(0, len(labels), every), labels[::every], rotation=90, fontsize=7)
-    for panel in axes[0]:
-        panel.legend(fontsize=8)
-    for column, i in enumerate(sorted({round(j * (len(names) - 1) / 3) for j in range(4)})):
-        laws = [run["laws"][names[i]].double().unflatten(1, (-1, 16)).sum(2) for run in look["runs"].values()]      # 1/16 threshold
-        laws = [law / law.sum(1, keepdim=True) * BINS_PER_THRESHOLD / 16 for law in laws]
-        edges = torch.linspace(-RANGE, RANGE, laws[0].shape[1] + 1)
-        held = torch.cat(laws).amax(0).gt(0.01).nonzero()
-        for panel, law, (start, run) in zip(axes[1:, column], laws, look["runs"].items()):
-            panel.stairs(law[T], edges, fill=True, color="lightgrey", label="stationary")
-            for t in range(T):
-                panel.stairs(law[t], edges, color=colours[t], label=f"t = {t + 1}, distance {run['w1'][i, t]:.3f}")
-            panel.set(title=f"{names[i]}, {START[start]}", xlabel="membrane potential after the reset (thresholds)", ylabel="density",
-                      xlim=(edges[held[0]].item() - 0.2, edges[held[-1]].item() + 0.3), yscale="log", ylim=(0.01, None))
-            panel.legend(fontsize=8)
-    save_figure(figure, path)
-    plt.close(figure)
-
-
-# ---- gradients against threshold
-
 def gradient_norms(surrogate, theta, follow):
-    """Norm of the loss's gradient with respect to the current of each neuron layer, and the mean firing rate, of a random resnet19.
-
-    follow: BatchNorm scales the currents with theta, so that the neurons fire alike whatever it is; else currents have variance 1."""
+    """{neuron layer: norm of the gradient with respect to its input current} and the mean firing rate of a random resnet19.
+    follow: BatchNorm scales the currents with theta, so that neurons fire alike; else their variance is 1."""
     torch.manual_seed(0)
     model, norms, rates = models.build("resnet19", 10, 4, width=8, threshold=theta, surrogate=surrogate).train(), {}, []
+
+    def at_neurons(name):
+        def hook(_, inputs, o):
+            norms[name] = rates.append((o != 0).float().mean().item())                       # None, until backward is here
+            inputs[0].register_hook(lambda gradient: norms.update({name: gradient.norm().item()}))
+        return hook
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.BatchNorm2d) and follow:
-            nn.init.constant_(layer.weight, theta)
         if isinstance(layer, TrLIF):
-            layer.register_forward_hook(lambda _, inputs, o, name=name: (
-                rates.append((o != 0).float().mean().item()), inputs[0].register_hook(lambda g: norms.update({name: g.norm().item()}))) and None)
-    F.cross_entropy(model(torch.randn(16, 3, 32, 32)).mean(0), torch.arange(16) % 10).backward()
-    return {name: norms[name] for name in neurons_of(model)}, sum(rates) / len(rates)
+            layer.register_forward_hook(at_neurons(name))
+        elif isinstance(layer, nn.BatchNorm2d) and follow:
+            nn.init.constant_(layer.weight, theta)
+    F.cross_entropy(model(torch.randn(16, 3, 16, 16)).mean(0), torch.arange(16) % 10).backward()
+    return norms, sum(rates) / len(rates)
 
 
-def gradients(path=None):
-    """Print gradient norms of the first, middle and last neuron layer against threshold; a picture of all layers into path."""
+def gradients(path):
+    """Print gradient norms of five neuron layers against the threshold; draw those of all into path, if given."""
+    heading = "Norm of the loss's gradient at each neuron layer against the threshold (resnet19, width 8, T = 4, random weights)"
     thetas, sweeps = [0.1 * 10 ** (i / 4) for i in range(9)], {}
-    plt = pyplot() if path else None
-    print("Gradient of the loss with respect to a neuron layer's input current, norm; resnet19, width 8, T = 4, random weights\n")
-    for follow, title in ((True, "currents scale with the threshold (same firing rate)"), (False, "currents of variance 1 (firing rate falls with the threshold)")):
+    print(heading + "\n")
+    for case in ("currents scale with the threshold: same firing rate", "currents of variance 1: a high threshold silences"):
         for surrogate in ("trsg", "absolute"):
-            sweep = sweeps[title, surrogate] = [gradient_norms(surrogate, theta, follow) for theta in thetas]
+            sweep = sweeps[f"{surrogate}; {case}"] = [gradient_norms(surrogate, theta, "scale" in case) for theta in thetas]
             names = list(sweep[0][0])
-            print(f"{surrogate}, {title}\n\n" + table("threshold | firing rate | " + " | ".join(names[::4]), [
+            print(f"{surrogate}; {case}\n\n" + table(" | ".join(["threshold", "firing rate", *names[::4]]), [
                 [f"{theta:.2f}", *percent([rate]), *(f"{norms[n]:.2e}" for n in names[::4])] for theta, (norms, rate) in zip(thetas, sweep)]))
     if path:
-        figure, axes = plt.subplots(2, 2, figsize=(13, 10), sharex=True, sharey=True, layout="constrained")
-        figure.suptitle("Gradient at each neuron layer against the threshold (resnet19, width 8, T = 4, random weights)", fontsize=13)
-        for panel, ((title, surrogate), sweep) in zip(axes.flat, sweeps.items()):
-            for i, name in enumerate(names):
-                panel.loglog(thetas, [norms[name] or math.nan for norms, _ in sweep], ".-", color=plt.cm.viridis(i / len(names)), label=name)
-            panel.set(title=f"{surrogate}\n{title}", xlabel="threshold", ylabel="norm of the gradient w.r.t. the current")
-        axes[0, 1].legend(fontsize=7, title="layer", loc="upper left", bbox_to_anchor=(1, 1))
-        save_figure(figure, path)
+        figures.plot_gradients(heading, thetas, sweeps, path)
 
-
-# ---- command line
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"eval.py: error: {message} (--help explains the flags)\n")
-    parser.add_argument("checkpoint", nargs="*", help="last.pt or best.pt of a run, or several to compare")
-    g = parser.add_argument_group("what to do")
-    g.add_argument("--inspect", action="store_true", help="print tables of firing rates, potentials, operations and energy, layer by layer")
-    g.add_argument("--report", metavar="FILE.md", help="write these tables into a file")
-    g.add_argument("--plot", metavar="FILE.png", help="draw them (needs matplotlib); for the second checkpoint into FILE-2.png, and so on")
-    g.add_argument("--fold", action="store_true", help="fold thresholds and BatchNorm into the weights, compare predictions with the network as trained")
-    g.add_argument("--save-folded", metavar="FILE.pt", help="write the folded network, which eval.py reads as any checkpoint")
-    g.add_argument("--gradients", nargs="?", const="", metavar="FILE.png", help="print the norm of the gradient at each layer for thresholds from 0.1 to 10, both surrogates; draw it into a file, if given. Needs no checkpoint")
-    g = parser.add_argument_group("data and machine")
-    g.add_argument("--data-dir", default="data", help="where the data sets are (default: %(default)s)")
-    g.add_argument("--images", type=int, metavar="N", help="use the first N test images only")
-    g.add_argument("--batch-size", type=int, default=256, help="images at a time (default: %(default)s)")
-    g.add_argument("--timesteps", type=int, metavar="T", help="time steps to run for, if other than in training")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    g.add_argument("--workers", type=int, default=2, help="processes that decode large images (default: %(default)s)")
-    args = parser.parse_args(argv)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"eval.py: error: {message} (--help explains the flags)\n")
+    p.add_argument("checkpoint", nargs="*", help="last.pt or best.pt of a run; several are compared in one table")
+    p.add_argument("--inspect", action="store_true", help="print firing rates, potentials, operations and energy, layer by layer")
+    p.add_argument("--report", metavar="FILE.md", help="write these tables into a file")
+    p.add_argument("--plot", metavar="FILE.png", help="draw them (needs matplotlib); a second checkpoint into FILE-2.png, and so on")
+    p.add_argument("--fold", action="store_true", help="fold thresholds and BatchNorm into the weights, compare predictions, go on with the folded network")
+    p.add_argument("--save-folded", metavar="FILE.pt", help="fold, and write the folded network: a checkpoint for eval.py")
+    p.add_argument("--gradients", nargs="?", const="", metavar="FILE.png", help="print gradient norms for thresholds from 0.1 to 10, and draw them into a file if given; needs no checkpoint")
+    p.add_argument("--data-dir", default="data", help="where the data sets are (default: %(default)s)")
+    p.add_argument("--images", type=int, metavar="N", help="use the first N test images only")
+    p.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: %(default)s)")
+    p.add_argument("--timesteps", type=int, metavar="T", help="time steps to run for, if other than in training")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    p.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode large images (default: %(default)s)")
+    args = p.parse_args(argv)
     for name in ("batch_size", "timesteps", "images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not args.checkpoint and args.gradients is None:
-        parser.error("no checkpoint given")
-    if len(args.checkpoint) > 1 and args.save_folded:
-        parser.error("--save-folded takes one checkpoint")
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not args.checkpoint and args.gradients is None or len(args.checkpoint) > 1 and args.save_folded:
+        p.error("--save-folded takes one checkpoint" if args.checkpoint else "no checkpoint given")
     return args
 
 
-def fold_and_check(args, path, checkpoint, model, dataset):
-    if checkpoint.get("folded"):
-        raise UserError(f"{path} is folded already")
-    folded = fold(model)
-    same, difference = agreement(model, folded, take(dataset, args.batch_size, args.images))
+@torch.no_grad()
+def compare_folded(model, folded, batches):
+    """Print how far the predictions and logits of a folded network agree with the original's."""
+    same = images = difference = 0
+    for x, _ in batches:
+        a, b = model(x).mean(0), folded(x).mean(0)
+        same, images = same + (a.argmax(1) == b.argmax(1)).sum().item(), images + len(x)
+        difference = max(difference, ((a - b).abs().max() / a.abs().max()).item())
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, folded))
-    print(f"folded: same prediction on {100 * same:.2f} % of the images, logits differ by {difference:.1e} of the largest at most; "
-          f"{after:,d} parameters instead of {before:,d} ({after / before:.2f} x)")
-    if args.save_folded:
-        state = {key: checkpoint[key] for key in ("format", "network", "data", "epoch")}
-        state.update(folded=True, model=folded.state_dict())
-        data.write_atomically(args.save_folded, lambda file: torch.save(state, file))
-        print(f"wrote {args.save_folded}")
-    return folded
+    print(f"folded: same prediction on {100 * same / images:.2f} % of {images} images, logits differ by {difference:.1e} of the largest at most; "
+          f"{after:,d} parameters instead of {before:,d} ({after / before:.2f} times)")
 
 
 def main(argv=None):
-    args = arguments(argv)
+    args, looks = arguments(argv), []
     if args.plot:
-        pyplot()                                                 # missing? say so now rather than after the work
+        figures.pyplot()                                         # missing? better said now than after the work
     if args.gradients is not None:
         gradients(args.gradients)
-    looks = []
     for number, path in enumerate(args.checkpoint, 1):
         checkpoint = load_checkpoint(path)
         model = build_network(checkpoint, path).to(args.device, memory_format=torch.channels_last)
@@ -618,27 +408,29 @@ def main(argv=None):
         print(f"{path}: {network['arch']}, width {network['width']}, T = {dataset.frames or model.timesteps}, "
               f"{checkpoint['data']['name']}, epoch {checkpoint['epoch']}{', folded' if checkpoint.get('folded') else ''}")
         if args.fold or args.save_folded:
-            model = fold_and_check(args, path, checkpoint, model, dataset).to(memory_format=torch.channels_last)
+            if checkpoint.get("folded"):
+                raise UserError(f"{path} is folded already")
+            original, model = model, models.fold(model).to(memory_format=torch.channels_last)
+            compare_folded(original, model, take(dataset, args.batch_size, args.images))
+        if args.save_folded:
+            state = {**{k: checkpoint[k] for k in ("format", "network", "data", "epoch")}, "folded": True, "model": model.state_dict()}
+            data.write_atomically(args.save_folded, lambda file: torch.save(state, file))
         start = time.perf_counter()
-        look = {}
         if args.inspect or args.report or args.plot or len(args.checkpoint) > 1:
-            look = inspect(path, checkpoint, model, dataset, args.batch_size, args.images)
-            looks.append(look)
-        result = look["result"] if look else evaluate(model, take(dataset, args.batch_size, args.images))
-        speed = "" if look else f", {result['images'] / (time.perf_counter() - start):.0f} images/s"
+            looks.append(inspect(path, checkpoint, model, dataset, args.batch_size, args.images))
+            result, speed = looks[-1]["result"], ""
+        else:
+            result = evaluate(model, take(dataset, args.batch_size, args.images))
+            speed = f", {result['images'] / (time.perf_counter() - start):.0f} images/s"
         print(f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %   of {result['images']} images{speed}")
         print("read out after  " + "  ".join(f"t={t}: {100 * a:.2f} %" for t, a in enumerate(result["top1_at"], 1)) + "\n")
-        if args.inspect:
-            print(report(look))
         if args.plot:
-            target = pathlib.Path(args.plot)
-            plot(look, target if number == 1 else target.with_stem(f"{target.stem}-{number}"))
+            figures.plot(looks[-1], pathlib.Path(args.plot) if number == 1 else pathlib.Path(args.plot).with_stem(f"{pathlib.Path(args.plot).stem}-{number}"))
+    details = "\n".join(report(look) for look in looks)
     if looks:
-        print(comparison(looks))
+        print(details if args.inspect else "", comparison(looks), sep="\n")
     if args.report:
-        text = "\n".join([f"# Comparison\n\n{comparison(looks)}"] * (len(looks) > 1) + [report(look) for look in looks])
-        data.write_atomically(args.report, lambda file: file.write(text.encode()))
-        print(f"wrote {args.report}")
+        data.write_atomically(args.report, lambda file: file.write(f"# Comparison\n\n{comparison(looks)}\n{details}".encode()))
 
 
 def run(main, program):
