@@ -160,8 +160,9 @@ def fan_out(layer, size):
     if not isinstance(layer, nn.Conv2d):
         return layer.out_features if layer else 1                # no layer: a shortcut, to one neuron
     x, ones = torch.zeros(1, 1, *size, requires_grad=True), torch.ones(1, 1, *layer.kernel_size)
-    y = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation)
-    return torch.autograd.grad(y.sum(), x)[0][0, 0].double() * (layer.out_channels // layer.groups)
+    with torch.enable_grad():
+        reached = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation).sum()
+    return torch.autograd.grad(reached, x)[0][0, 0].double() * (layer.out_channels // layer.groups)
 
 
 def operations(model, counts, images):
@@ -395,7 +396,7 @@ def compare_folded(model, folded, batches):
 
 def main(argv=None):
     args, looks = arguments(argv), []
-    if args.plot:
+    if args.plot or args.gradients:
         figures.pyplot()                                         # missing? better said now than after the work
     if args.gradients is not None:
         gradients(args.gradients)
