@@ -202,10 +202,11 @@ def potentials(model, batches, T, steps, v_init=None):
     def at_neurons(histogram):
         def hook(layer, inputs):                                 # the neuron itself, one step at a time
             v, theta = layer.v_init, layer.threshold
+            scale = BINS_PER_THRESHOLD / theta
             for t, x in enumerate(inputs[0].split(1)):
                 _, v, _ = lif(x, v, theta, layer.decay, layer.surrogate)
                 if t < T or t >= steps - T:                      # beyond the range: in the last bin
-                    bins = (v / theta * BINS_PER_THRESHOLD + BINS / 2).clamp_(0, BINS - 1).int()
+                    bins = (v * scale).add_(BINS / 2).clamp_(0, BINS - 1).int()
                     histogram[min(t, T)] += torch.bincount(bins.flatten(), minlength=BINS)
         return hook
     for name, layer in neurons_of(model).items():
