@@ -142,10 +142,11 @@ def observe(model, batches):
         return hook
 
     model.register_forward_pre_hook(at_input)
+    pooled = models.wiring(model)[1].values()
     for name, layer in model.named_modules():
         if isinstance(layer, TrLIF):
             layer.register_forward_hook(at_spikes(name, 1))
-        elif name in models.wiring(model)[1].values():
+        elif name in pooled:
             layer.register_forward_hook(at_spikes(name, 0))
         elif isinstance(layer, models.SpikingSelfAttention):
             for part in "kv":
@@ -347,7 +348,7 @@ def gradients(path):
     heading = "Norm of the loss's gradient at each neuron layer against the threshold (resnet19, width 8, T = 4, random weights)"
     thetas, sweeps = [0.1 * 10 ** (i / 4) for i in range(9)], {}
     print(heading + "\n")
-    for case in ("currents scale with the threshold: same firing rate", "currents of variance 1: a high threshold silences"):
+    for case in ("currents that scale with the threshold", "currents of variance 1, whatever the threshold"):
         for surrogate in ("trsg", "absolute"):
             sweep = sweeps[f"{surrogate}; {case}"] = [gradient_norms(surrogate, theta, "scale" in case) for theta in thetas]
             names = list(sweep[0][0])
