@@ -18,6 +18,9 @@ streams add the spikes of several layers, each with its own theta; all other ten
 
 `python models.py` prints parameters, neurons and multiply-accumulates of each.
 """
+import copy
+import math
+
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +44,12 @@ def input_current(conv_bn, x, timesteps):
     return conv_bn(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], -1))
 
 
+def join(x, y, dim, folded):
+    """Add spikes y to a residual stream x. In a folded network (see fold) they are 0 or 1 without their thetas, which
+    differ: there the summands stay side by side along dim, the channels, each with weights of its own behind it."""
+    return torch.cat([x, y], dim) if folded else x + y
+
+
 class Block(nn.Module):
     """conv-BN-LIF-conv-BN beside a shortcut. Plain: add, then fire. SEW: fire, then add; the shortcut fires too."""
 
@@ -48,7 +57,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.bn1, self.lif1 = conv(c_in, c_out, 3, stride), nn.BatchNorm2d(c_out), TrLIF(**neuron)
         self.conv2, self.bn2, self.lif2 = conv(c_out, c_out, 3), nn.BatchNorm2d(c_out), TrLIF(**neuron)
-        self.sew, self.shortcut, self.lif_shortcut = sew, None, None
+        self.sew, self.folded, self.shortcut, self.lif_shortcut = sew, False, None, None
         if stride != 1 or c_in != c_out:                         # the shape changes: a 1x1 convolution adapts it
             self.shortcut = nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
             self.lif_shortcut = TrLIF(**neuron) if sew else None
@@ -62,7 +71,7 @@ class Block(nn.Module):
             return fire(self.lif2, y + x, T)
         if self.lif_shortcut is not None:
             x = fire(self.lif_shortcut, x, T)
-        return fire(self.lif2, y, T) + x
+        return join(x, fire(self.lif2, y, T), 1, self.folded)
 
 
 class ResNet(nn.Module):
@@ -124,7 +133,7 @@ class Spikformer(nn.Module):
 
     def __init__(self, num_classes, timesteps, in_channels, width, neuron, depth=4, heads=12):
         super().__init__()
-        self.timesteps = timesteps
+        self.timesteps, self.folded = timesteps, False
         dim = 6 * width
         channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
         self.patches = nn.ModuleList(nn.Sequential(conv(a, b, 3), nn.BatchNorm2d(b))
@@ -142,11 +151,11 @@ class Spikformer(nn.Module):
         x = self.pools[0](self.lifs[0](x).flatten(0, 1))
         for patch, lif, pool in zip(self.patches[1:4], self.lifs[1:4], self.pools[1:]):
             x = pool(fire(lif, patch(x), T))
-        x = x + fire(self.lifs[4], self.patches[4](x), T)        # position, from the neighbouring patches
+        x = join(x, fire(self.lifs[4], self.patches[4](x), T), 1, self.folded)  # position, from the neighbouring patches
         x = x.flatten(2).transpose(1, 2)                         # [T*B, N, D]
         for attention, (up, down) in zip(self.attention, self.mlp):
-            x = x + attention(x, T)
-            x = x + down(up(x, T), T)
+            x = join(x, attention(x, T), 2, self.folded)
+            x = join(x, down(up(x, T), T), 2, self.folded)
         return self.head(x.mean(1)).unflatten(0, (T, -1))
 
 
@@ -193,6 +202,81 @@ def compile_model(model):
     """Fuse the whole network with torch.compile, in place: BatchNorm's application, the shortcuts' additions and the
     neurons then share kernels. Takes minutes once, and again for evaluation; rounding may differ. Returns the model."""
     model.compile(dynamic=False)
+    return model
+
+
+def wiring(model):
+    """Which spikes reach which weights, by the names of modules, as forward has it: (synapses, pooled).
+
+    synapses  in the order of computation, (layer, its BatchNorm or None, [neuron layers whose spikes arrive, added up]); the
+              shortcut of a plain resnet is among them where it has no convolution, too
+    pooled    {neuron layer: the pooling through which its spikes leave}
+    """
+    if isinstance(model, Spikformer):
+        synapses = [(f"patches.{i}.0", f"patches.{i}.1", [f"lifs.{i - 1}"] if i else []) for i in range(5)]
+        stream = ["lifs.3", "lifs.4"]
+        for i in range(len(model.mlp)):
+            for first, inside, last in (([f"attention.{i}.{part}" for part in "qkv"], f"attention.{i}.lif", f"attention.{i}.out"),
+                                        ([f"mlp.{i}.0"], f"mlp.{i}.0.lif", f"mlp.{i}.1")):
+                synapses += [(f"{name}.linear", f"{name}.bn", stream) for name in first]
+                synapses += [(f"{last}.linear", f"{last}.bn", [inside])]
+                stream = stream + [f"{last}.lif"]
+        return synapses + [("head", None, stream)], {f"lifs.{i}": f"pools.{i}" for i in range(4)}
+    synapses, stream = [("stem.0", "stem.1", [])], ["lif"]
+    for i, block in enumerate(model.blocks):
+        b, adapts = f"blocks.{i}", isinstance(block.shortcut, nn.Sequential)
+        if adapts:
+            synapses.append((f"{b}.shortcut.0", f"{b}.shortcut.1", stream))
+        elif not block.sew:
+            synapses.append((f"{b}.shortcut", None, stream))
+        synapses += [(f"{b}.conv1", f"{b}.bn1", stream), (f"{b}.conv2", f"{b}.bn2", [f"{b}.lif1"])]
+        beside = [f"{b}.lif_shortcut"] if adapts else stream     # what a SEW block adds its spikes to
+        stream = (beside if block.sew else []) + [f"{b}.lif2"]
+    return synapses + [("head", None, stream)], {"lif": "pool"}
+
+
+@torch.no_grad()
+def fold(model):
+    """A copy of a network for inference whose spikes are all 1 and which has no BatchNorm. Same predictions.
+
+    A neuron that emits theta s into weights W does what one does that emits s into theta W. So every neuron layer emits
+    0 or 1, its threshold only deciding when, and the weights behind it take theta; the shortcuts of a plain resnet become
+    one weight a spike. q k^T v meets no weights: there the thetas of the factors divide the threshold behind the product.
+    BatchNorm, a fixed scale and shift here, goes into weights and bias before it. The residual streams of sew_resnet* and
+    spikformer add spikes of different thetas, which no common weight can absorb: there the spikes of each source stay
+    apart (join), and layers behind have a weight set a source. That costs memory, but no operations: each spike
+    still meets one weight a connection. The head reads spike counts / places, where 1 / places belongs to its weights.
+    """
+    model = copy.deepcopy(model).eval()
+    layers = dict(model.named_modules())
+    theta = {name: layer.threshold for name, layer in layers.items() if isinstance(layer, TrLIF)}
+    for name, bn, sources in wiring(model)[0]:
+        layer, (parent, _, last) = layers.get(name), name.rpartition(".")
+        if layer is None:                                        # a shortcut: one connection, of weight theta, a channel
+            channels = layers[f"{parent}.conv2"].out_channels
+            weight, bias = theta[sources[0]].expand(channels, 1, 1, 1), None
+            new = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
+        else:
+            weight = torch.cat([layer.weight * theta[s] for s in sources], 1) if sources else layer.weight
+            bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+            if bn:
+                gain = layers[bn].weight / (layers[bn].running_var + layers[bn].eps).sqrt()
+                weight = (weight.transpose(0, -1) * gain).transpose(0, -1)
+                bias = (bias - layers[bn].running_mean) * gain + layers[bn].bias
+                setattr(layers[bn.rpartition(".")[0]], bn.rpartition(".")[2], nn.Identity())
+            new = (nn.Linear(*weight.T.shape) if isinstance(layer, nn.Linear) else
+                   nn.Conv2d(weight.shape[1], len(weight), layer.kernel_size, layer.stride, layer.padding))
+        new.weight, new.bias = nn.Parameter(weight.clone(memory_format=torch.contiguous_format)), bias if bias is None else nn.Parameter(bias.clone())
+        setattr(layers[parent], last, new)
+    for name, layer in layers.items():
+        if isinstance(layer, SpikingSelfAttention):       # current, start and threshold divided alike: same spikes
+            scale = math.prod(theta[f"{name}.{part}.lif"] for part in "qkv")
+            layer.lif.v_init /= scale
+            layer.lif.raw_threshold.copy_((theta[f"{name}.lif"] / scale).expm1().log())      # the inverse of softplus
+        if isinstance(layer, TrLIF):
+            layer.surrogate = "absolute"                         # which emits s
+        if hasattr(layer, "folded"):
+            layer.folded = True
     return model
 
 

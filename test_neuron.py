@@ -3,20 +3,28 @@
 They compare with something independent: a NumPy oracle whose backward pass is derived by hand, a lemma of the paper, a
 second process, an uninterrupted run.
 """
+import math
 import os
 import pathlib
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import time
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import eval as evaluation
 import models
 import neuron
+import train
 from neuron import TrLIF
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -31,8 +39,9 @@ def python(*arguments, cwd=HERE, code=0, **environment):
     return done.stdout if code == 0 else done.stderr
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def plain(monkeypatch):
+    """Nothing is compiled where a test does not ask for it."""
     monkeypatch.setattr(neuron, "COMPILE", False)
 
 
@@ -101,12 +110,12 @@ def check_against_oracle(T, theta, tau, surrogate, dtype, tolerance, mp_init="ac
 @pytest.mark.parametrize("tau", [1.25, 2, 5])
 @pytest.mark.parametrize("theta", [0.25, 1, 2.5])
 @pytest.mark.parametrize("T", [1, 2, 4, 6])
-def test_outputs_and_gradients_equal_the_oracle(plain, T, theta, tau, surrogate):
+def test_outputs_and_gradients_equal_the_oracle(T, theta, tau, surrogate):
     check_against_oracle(T, theta, tau, surrogate, torch.float64, 1e-12)
 
 
 @pytest.mark.parametrize("mp_init", ["all", "off"])
-def test_other_initialisations_equal_the_oracle(plain, mp_init):
+def test_other_initialisations_equal_the_oracle(mp_init):
     check_against_oracle(4, 1, 2, "trsg", torch.float64, 1e-12, mp_init)
 
 
@@ -130,7 +139,7 @@ def test_a_potential_exactly_at_the_threshold_spikes(request, mode, training, th
 
 @pytest.mark.parametrize("c", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("surrogate", ["trsg", "absolute"])
-def test_scaling_current_and_threshold_leaves_trsg_gradients_as_they_were(plain, surrogate, c):
+def test_scaling_current_and_threshold_leaves_trsg_gradients_as_they_were(surrogate, c):
     def gradients(scale):
         torch.manual_seed(0)
         x = (scale * 2 * torch.randn(4, 50, dtype=torch.float64)).requires_grad_()
@@ -149,7 +158,7 @@ def test_scaling_current_and_threshold_leaves_trsg_gradients_as_they_were(plain,
 
 @pytest.mark.parametrize("s", [0.5, 1.0])
 @pytest.mark.parametrize("m", [0.5, 1.0])
-def test_mp_init_halves_the_shift_between_early_and_late_steps(plain, m, s):
+def test_mp_init_halves_the_shift_between_early_and_late_steps(m, s):
     def shift(v_init):
         x = m + s * torch.randn(50, 20000, generator=torch.Generator().manual_seed(1))
         theta, k = torch.tensor(1.0), torch.tensor(0.5)
@@ -162,7 +171,7 @@ def test_mp_init_halves_the_shift_between_early_and_late_steps(plain, m, s):
     assert shift(layer.v_init) < 0.5 * shift(torch.tensor(0.0))
 
 
-def test_v_init_is_saved_frozen_in_evaluation_and_left_alone_by_silence(plain):
+def test_v_init_is_saved_frozen_in_evaluation_and_left_alone_by_silence():
     layer = TrLIF()
     layer(torch.full((3, 5), -1.0))
     assert layer.v_init == 0 and "v_init" in layer.state_dict()  # nothing fired
@@ -210,7 +219,7 @@ def test_memory_format_is_kept_and_does_not_matter(request, mode, dtype):
         torch.testing.assert_close(mu, results[0][2], rtol=1e-5, atol=1e-7)
 
 
-def test_backward_keeps_the_input_only(plain):
+def test_backward_keeps_the_input_only():
     x, kept = torch.randn(8, 1000, requires_grad=True), []
     for run in (neuron._lif_and_statistic, torch.compile(neuron._lif_and_statistic)):
         kept.clear()
@@ -287,7 +296,7 @@ def test_parameters_and_neurons(arch, classes, parameters, layers):
 
 @pytest.mark.parametrize("arch", models.ARCHS)
 @pytest.mark.parametrize("T, size", [(1, 28), (2, 32), (4, 48), (1, 224)])
-def test_networks_run_forward_and_backward(plain, arch, T, size):
+def test_networks_run_forward_and_backward(arch, T, size):
     width = 4
     static = models.build(arch, 7, T, width=width)
     logits = static(torch.randn(2, 3, size, size))
@@ -299,19 +308,19 @@ def test_networks_run_forward_and_backward(plain, arch, T, size):
 
 
 @pytest.mark.parametrize("arch", ["resnet19", "sew_resnet18", "spikformer"])
-def test_a_static_image_equals_the_same_frame_at_every_step(plain, arch):
+def test_a_static_image_equals_the_same_frame_at_every_step(arch):
     torch.manual_seed(0)
     model = models.build(arch, 5, 3, width=4).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(model(x), model(x[:, None].expand(-1, 3, -1, -1, -1)), rtol=1e-12, atol=1e-12)
 
 
-def test_attention_in_either_order_is_the_same(plain):
+def test_attention_in_either_order_is_the_same():
     torch.manual_seed(0)
     layer = models.SpikingSelfAttention(24, 12, {}).double().eval()
     for m in layer.modules():
-        if isinstance(m, torch.nn.BatchNorm1d):
-            torch.nn.init.constant_(m.weight, 4.0)
+        if isinstance(m, nn.BatchNorm1d):
+            nn.init.constant_(m.weight, 4.0)
     x, seen = torch.randint(0, 2, (2, 9, 24)).double(), []
     layer.lif.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     layer(x, 1)
@@ -362,7 +371,7 @@ def test_shapes_need_more_than_a_linear_classifier():
     (x, y), (x_test, y_test) = ((torch.from_numpy(a).flatten(1).float() / 128 - 1, torch.from_numpy(b).long())
                                 for a, b in (data.draw_shapes(4000, 1), data.draw_shapes(1000, 2)))
     torch.manual_seed(0)
-    linear = torch.nn.Linear(x.shape[1], 10)
+    linear = nn.Linear(x.shape[1], 10)
     optimizer = torch.optim.Adam(linear.parameters(), 1e-3)
     for _ in range(20):
         for i in torch.randperm(len(x)).split(100):
@@ -483,6 +492,302 @@ def test_labels_belong_to_their_images_in_a_folder(tmp_path):
     assert ((x.mean((1, 2, 3)) > 0) == (y == 1)).float().mean() > 0.9    # class 1 is the bright one
 
 
+# ---- events ----------------------------------------------------------------------------------------------------------
+
+HEADER = b"#!AER-DAT2.0\r\n# This is a raw AE data file - do not edit\r\n# Timestamps tick: 1 us\r\n"
+RECORDINGS = sorted(pathlib.Path(os.environ.get("DVS_RECORDINGS", "/nowhere")).glob("*.aedat"))
+
+
+def slow_read(path):
+    """An AEDAT 2.0 recording one event at a time: lists t, x, y, p. Written from the format's description alone."""
+    raw, at = pathlib.Path(path).read_bytes(), 0
+    while raw[at:at + 1] == b"#":
+        at = raw.index(b"\n", at) + 1
+    t, x, y, p, clock, last = [], [], [], [], 0, None
+    while at < len(raw):
+        address, stamp = struct.unpack(">II", raw[at:at + 8])
+        if last is not None and last - stamp > 2 ** 31:
+            clock += 2 ** 32
+        last, at = stamp, at + 8
+        t.append(clock + stamp)
+        x.append(127 - address // 256 % 128)
+        y.append(127 - address // 2 % 128)
+        p.append(0 if address % 2 else 1)
+    return t, x, y, p
+
+
+def slow_bin(t, x, y, p, frames, height, width, by):
+    out = np.zeros((frames, 2, height, width), np.int64)
+    share, first, length = len(t) // frames, min(t), max((max(t) - min(t)) // frames, 1)
+    for i in range(len(t)):
+        if by == "time":
+            slot = (t[i] - first) // length
+        else:
+            slot = i // share if share else frames - 1
+        out[min(slot, frames - 1), p[i], y[i], x[i]] += 1
+    return out
+
+
+def pack(addresses, times, header=HEADER):
+    return header + b"".join(struct.pack(">II", int(a), int(t) % 2 ** 32) for a, t in zip(addresses, times))
+
+
+def made_recording(seed, n=2000):
+    rng = np.random.default_rng(seed)
+    return pack(rng.integers(0, 2 ** 15, n), np.sort(rng.integers(0, 10 ** 6, n)))
+
+
+def made_set(folder, per_class, classes=tuple(data.CIFAR10), n=300):
+    for c in classes:
+        (folder / c).mkdir(parents=True)
+        for i in range(per_class):
+            (folder / c / f"cifar10_{c}_{i}.aedat").write_bytes(made_recording((len(c), ord(c[0]), i), n))
+
+
+CLOCKS = {
+    "rising": np.sort(np.random.default_rng(0).integers(0, 10 ** 6, 997)),
+    "gaps": np.r_[np.arange(500), 10 ** 6 + np.arange(497)],                          # empty slices in between
+    "equal": np.full(997, 5),
+    "wraps": 2 ** 32 - 500 + 2 * np.arange(997),
+    "short": np.arange(997) // 200,                                                  # less time than slices
+    "few": np.array([7, 9, 9]),                                                      # fewer events than slices
+    "back": np.r_[np.arange(1000, 1500), np.arange(900, 1397)],                      # a clock that was set back
+}
+
+
+@pytest.mark.parametrize("case", [*CLOCKS, *map(str, RECORDINGS)])
+def test_events_and_frames_equal_a_slow_reader_and_binner(case, tmp_path):
+    path = pathlib.Path(case)
+    if case in CLOCKS:
+        path = tmp_path / "made.aedat"
+        path.write_bytes(pack(np.random.default_rng(1).integers(0, 2 ** 15, len(CLOCKS[case])), CLOCKS[case]))
+    expected, found = slow_read(path), data.read_aedat(path)
+    assert found[0].dtype == np.int64
+    for a, b in zip(expected, found):
+        assert np.array_equal(a, b)
+    for by in ("count", "time"):
+        for frames in (1, 4, 10):
+            result = data.bin_events(*found, frames=frames, height=128, width=128, by=by)
+            assert result.dtype == np.uint16 and np.array_equal(result, slow_bin(*expected, frames, 128, 128, by))
+
+
+def test_header_lines_end_where_the_number_sign_does_and_address_bits_are_where_they_belong(tmp_path):
+    path = tmp_path / "text.aedat"
+    stamps = [int.from_bytes(b"#abc"), int.from_bytes(b"\n#hi"), int.from_bytes(b"x\r\n#")]
+    path.write_bytes(pack([0x410A, 0x2323, 0x0A23], stamps))                          # bytes of events that look like text
+    t, x, y, p = data.read_aedat(path)
+    assert t.tolist() == [stamps[0], *(stamps[0] + s - stamps[0] for s in stamps[1:])]
+    assert (x.tolist(), y.tolist(), p.tolist()) == ([62, 92, 117], [122, 110, 110], [1, 0, 0])
+    path.write_bytes(pack([0, 1, 2, 0xFE, 0x100, 0x7F00], range(6)))
+    t, x, y, p = data.read_aedat(path)
+    assert x.tolist() == [127, 127, 127, 127, 126, 0] and y.tolist() == [127, 127, 126, 0, 127, 127] and p.tolist() == [1, 0, 1, 1, 1, 1]
+
+
+def test_reading_gives_back_what_was_written(tmp_path):
+    rng = np.random.default_rng(2)
+    events = np.sort(rng.integers(0, 9999, 500)), *(rng.integers(0, high, 500) for high in (128, 128, 2))
+    data.write_aedat(tmp_path / "a.aedat", *events)
+    assert all(np.array_equal(a, b) for a, b in zip(events, data.read_aedat(tmp_path / "a.aedat")))
+
+
+def test_bin_events_saturates_and_refuses_what_lies_outside():
+    many = np.zeros(70000, np.int64)
+    assert data.bin_events(many, many, many, many, 1, 2, 2)[0, 0, 0, 0] == 65535
+    assert not data.bin_events(many[:0], many[:0], many[:0], many[:0], 3, 2, 2, "time").any()
+    one, two = np.array([1]), np.array([2])
+    for events in ((one, two, one, one), (one, one, two, one), (one, one, one, two), (one, -one, one, one)):
+        with pytest.raises(ValueError, match="outside"):
+            data.bin_events(*events, 1, 2, 2)
+    for frames, by in ((0, "count"), (1, "number")):
+        with pytest.raises(ValueError):
+            data.bin_events(one, one, one, one, frames, 2, 2, by)
+
+
+def test_nmnist_events_equal_a_slow_reader(tmp_path):
+    raw = np.random.default_rng(3).integers(0, 256, (400, 5))
+    raw[:, :2] %= 34
+    (tmp_path / "1.bin").write_bytes(raw.astype(np.uint8).tobytes())
+    t, x, y, p = data.read_nmnist(tmp_path / "1.bin")
+    for i, (a, b, c, d, e) in enumerate(raw.tolist()):
+        assert (t[i], x[i], y[i], p[i]) == ((c % 128 * 256 + d) * 256 + e, a, b, c // 128)
+
+
+@pytest.mark.parametrize("n, size", [(128, 48), (128, 32), (34, 34), (5, 3)])
+def test_area_mean_equals_splitting_every_pixel(n, size):
+    frames, cuts = np.random.default_rng(4).integers(0, 60, (3, 2, n, n)), size // math.gcd(n, size)
+    fine = frames.repeat(cuts, 2).repeat(cuts, 3)                # areas are whole numbers of such parts
+    expected = fine.reshape(3, 2, size, n * cuts // size, size, n * cuts // size).mean((3, 5))
+    assert np.allclose(data.area_mean(frames, size), expected, atol=1e-4)
+
+
+BAD = {"empty": b"", "header only": HEADER, "unfinished header": HEADER + b"# no end", "truncated": made_recording(0)[:-3],
+       "zip": b"PK\x03\x04" + bytes(60), "not aedat": b"RIFF" + bytes(60), "AEDAT 3": b"#!AER-DAT3.1\r\n" + bytes(80),
+       "address": pack([5, 0x8000], [1, 2]), "absurd": None}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_recordings_give_one_line_with_the_name(fault, tmp_path):
+    path = tmp_path / "bad one.aedat"
+    path.write_bytes(BAD[fault] or b"")
+    if fault == "absurd":
+        path.write_bytes(HEADER)
+        os.truncate(path, 2 ** 34 + 8000)                        # takes no room on the disk
+    with pytest.raises(data.UserError) as caught:
+        data.read_aedat(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and "replace" in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [b"", bytes(7), bytes([34, 0, 0, 0, 0]), bytes([0, 34, 0, 0, 0]), b"PK\x03\x04\x05"])
+def test_bad_nmnist_recordings_give_one_line_with_the_name(raw, tmp_path):
+    (tmp_path / "1.bin").write_bytes(raw)
+    with pytest.raises(data.UserError, match="1.bin.*replace"):
+        data.read_nmnist(tmp_path / "1.bin")
+
+
+def zip_classes(folder, out):
+    out.mkdir(parents=True)
+    for c in data.CIFAR10:
+        with zipfile.ZipFile(out / f"{c}.zip", "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr(f"{c}/", "")
+            z.writestr(f"__MACOSX/{c}/._cifar10_{c}_0.aedat", "no recording")
+            for path in (folder / c).iterdir():
+                z.write(path, f"{c}/{path.name}")
+
+
+def test_folders_and_zip_files_give_the_same_arrays(tmp_path):
+    made_set(tmp_path / "a/cifar10-dvs", 3)
+    for c in data.CIFAR10:
+        (tmp_path / f"a/cifar10-dvs/{c}/cifar10_{c}_2.aedat").rename(tmp_path / f"a/cifar10-dvs/{c}/cifar10_{c}_100.aedat")
+    zip_classes(tmp_path / "a/cifar10-dvs", tmp_path / "b/cifar10-dvs")
+    a, b = (data.load("cifar10-dvs", tmp_path / x, timesteps=4, workers=w) for x, w in (("a", 0), ("b", 1)))
+    assert a.split == "first100" and a.classes == data.CIFAR10 and a.frames == 4 and a.size == (48, 48)
+    assert a.sets["train"][1].tolist() == list(range(10)) and len(a.sets["test"][1]) == 20
+    for split in ("train", "test"):
+        assert all(u.equal(v) for u, v in zip(a.sets[split], b.sets[split]))
+    frames = data.bin_events(*data.read_aedat(tmp_path / "a/cifar10-dvs/cat/cifar10_cat_100.aedat"), 4, 128, 128)
+    expected = frames.repeat(3, 2).repeat(3, 3).reshape(4, 2, 48, 8, 48, 8).mean((3, 5))
+    x = next(b.test(20))[0]
+    assert x.shape == (20, 4, 2, 48, 48) and x.max() < 16
+    seen = b.sets["train"][0][3].permute(2, 0, 1).reshape(4, 2, 48, 48) / 16.0       # in events per pixel
+    assert abs(seen.numpy() - expected).max() <= 0.5 / 16 + 1e-6
+    names = sorted(p.name for p in (tmp_path / "a/cifar10-dvs").glob("*.npy"))
+    assert names == [f"{s}_{k}_T4_count_48_first100.npy" for s in ("test", "train") for k in ("images", "labels")]
+    assert not list((tmp_path / "a/cifar10-dvs").glob(".parts*"))
+    data.load("cifar10-dvs", tmp_path / "a", timesteps=2, bin_by="time", dvs_split="random", workers=0)
+    assert (tmp_path / "a/cifar10-dvs/test_images_T2_time_48_random.npy").exists()
+
+
+def test_splits():
+    recordings = [(label, i, f"{label}_{i}", 0) for label in range(10) for i in range(1000)]
+    number, label = np.tile(np.arange(1000), 10), np.arange(10).repeat(1000)
+    first, drawn, again = (data.test_part(recordings, s) for s in ("first100", "random", "random"))
+    assert np.array_equal(first, number < 100)
+    assert np.array_equal(drawn, again) and not np.array_equal(drawn, first)
+    assert np.bincount(label[drawn]).tolist() == [100] * 10 and len({tuple(number[drawn & (label == c)]) for c in range(10)}) == 10
+    recordings = [(7, 1, f"n/{part}/7/1.bin", 0) for part in ("Train", "Test")]
+    assert data.test_part(recordings, "official").tolist() == [False, True]
+
+
+@pytest.mark.parametrize("fault, text", [("none", "cifar10-dvs has no.*figshare"), ("class", "no recordings of class horse"),
+                                         ("file", "cat_1.aedat ends in the middle"), ("zip", "horse.zip is no readable zip"),
+                                         ("member", "horse.zip/horse/.*cannot be read"), ("split", "first100 makes 20 of 20")])
+def test_what_is_wrong_with_a_data_set_is_said_before_work_begins(fault, text, tmp_path, monkeypatch):
+    folder = tmp_path / "cifar10-dvs"
+    if fault != "none":
+        made_set(folder, 2)
+    if fault == "file":
+        os.truncate(folder / "cat/cifar10_cat_1.aedat", 500)
+    if fault in ("class", "zip", "member"):
+        for path in (folder / "horse").iterdir():
+            path.unlink()
+        (folder / "horse").rmdir()
+    if fault == "zip":
+        (folder / "horse.zip").write_bytes(b"<html>not found</html>")
+    if fault == "member":
+        with zipfile.ZipFile(folder / "horse.zip", "w") as z:
+            z.writestr("horse/cifar10_horse_0.aedat", made_recording(0))
+        raw = bytearray((folder / "horse.zip").read_bytes())
+        raw[:4] = bytes(4)                                       # where the member should begin
+        (folder / "horse.zip").write_bytes(raw)
+    monkeypatch.setattr(data, "make_frames", lambda *a, **k: pytest.fail("work began"))
+    with pytest.raises(data.UserError, match=text) as caught:
+        data.load("cifar10-dvs", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_zip_member_is_no_recording(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        z.writestr("a/1.aedat", made_recording(0, 9000))
+    assert len(data.read_aedat(tmp_path / "a.zip/a/1.aedat")[0]) == 9000
+    raw = bytearray((tmp_path / "a.zip").read_bytes())
+    raw[50000] ^= 1
+    (tmp_path / "b.zip").write_bytes(raw)
+    with pytest.raises(data.UserError, match="b.zip/a/1.aedat cannot be read.*CRC"):
+        data.read_aedat(tmp_path / "b.zip/a/1.aedat")
+
+
+def test_missing_nmnist_says_where_to_get_it(tmp_path):
+    with pytest.raises(data.UserError, match="Train.zip.*garrickorchard"):
+        data.load("nmnist", tmp_path)
+
+
+def test_an_error_of_a_worker_process_is_one_line(tmp_path):
+    made_set(tmp_path / "cifar10-dvs", 2)
+    (tmp_path / "cifar10-dvs/dog/cifar10_dog_1.aedat").write_bytes(pack([5, 0x12345], [1, 2]))        # seen only when read
+    with pytest.raises(data.UserError, match=r"^[^\n]*dog_1.aedat holds the address 0x12345[^\n]*$"):
+        data.load("cifar10-dvs", tmp_path, dvs_split="random", workers=2)
+
+
+def test_a_killed_preparation_leaves_no_half_array_and_goes_on(tmp_path, monkeypatch):
+    made_set(tmp_path / "cifar10-dvs", 20)                                            # 200 recordings: 8 parts
+    script = ("import time, data; slow = data.bin_events\n"
+              "data.bin_events = lambda *a: (time.sleep(0.02), slow(*a))[1]\n"
+              f"data.load('cifar10-dvs', {str(tmp_path)!r}, timesteps=2, dvs_split='random', workers=1)")
+    folder = tmp_path / "cifar10-dvs"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=pathlib.Path(data.__file__).parent)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(".parts*/*.npy"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(folder.glob("*.npy"))
+    done = [np.load(path, allow_pickle=False) for path in folder.glob(".parts*/*.npy")]              # all of them whole
+    assert 3 <= len(done) < 8 and all(part.shape == (25, 2, 2, 48, 48) for part in done)
+    calls, bin_events = [], data.bin_events
+    monkeypatch.setattr(data, "bin_events", lambda *a: calls.append(1) or bin_events(*a))
+    resumed = data.load("cifar10-dvs", tmp_path, timesteps=2, dvs_split="random", workers=0)
+    assert len(calls) <= 200 - 25 * len(done)                    # the orphaned worker may have finished one more
+    for path in folder.glob("*.npy"):
+        path.unlink()
+    fresh = data.load("cifar10-dvs", tmp_path, timesteps=2, dvs_split="random", workers=0)
+    for split in ("train", "test"):
+        assert all(u.equal(v) for u, v in zip(resumed.sets[split], fresh.sets[split]))
+
+
+def test_drawn_recordings_are_a_set_like_any_other(tmp_path):
+    data.draw_recordings(tmp_path, per_class=1)
+    (tmp_path / "ring/drawn_ring_0.aedat").unlink()
+    data.draw_recordings(tmp_path, per_class=1)                  # adds what is missing
+    found = data.find_recordings("shapes-dvs", tmp_path, data.SHAPES)
+    assert [(label, number) for label, number, _, _ in found] == [(label, 0) for label in range(10)]
+    for _, _, path, _ in found:
+        t, x, y, p = data.read_aedat(path)
+        assert len(t) > 1000 and (np.diff(t) >= 0).all() and 0.3 < p.mean() < 0.7
+
+
+def test_shifts_are_the_same_for_all_frames_of_a_recording_and_digits_are_not_mirrored():
+    images = np.zeros((40, 3, 2, 34, 34), np.uint8)
+    images[:, :, :, 17, 10] = 1
+    labels = np.zeros(40, np.int64)
+    found = set()
+    x, _ = next(data.Resident("nmnist", (images, labels), (images, labels), ["0"], (0.0, 0.0), (1 / 255,) * 2, pad=5, flip=False).train(40, 0, 0))
+    for recording in x:
+        places = recording.nonzero()
+        assert len(places) == 6 and len({tuple(place[2:].tolist()) for place in places}) == 1
+        found.add(tuple(places[0, 2:].tolist()))
+    assert {abs(r - 17) <= 5 and abs(c - 10) <= 5 for r, c in found} == {True} and len(found) > 10
+
+
 # ---- training and evaluation -------------------------------------------------------------------------------------------
 
 def weights(path):
@@ -511,7 +816,6 @@ def test_a_checkpoint_evaluates_to_the_same_logits_in_another_process(trained, t
             "x, y = next(iter(data.load('shapes').to('cpu').test(64))); torch.save(m(x).detach(), sys.argv[2])")
     for name in ("a.pt", "b.pt"):
         python("-c", code, trained / "last.pt", tmp_path / name)
-    import eval as evaluation
     model = evaluation.build_network(evaluation.load_checkpoint(trained / "last.pt"))
     x, _ = next(iter(data.load("shapes").to("cpu").test(64)))
     a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
@@ -525,7 +829,6 @@ def test_evaluation_agrees_with_the_log_and_with_a_plain_count(trained):
     last = (trained / "log.csv").read_text().splitlines()[-1].split(",")
     printed = python("eval.py", trained / "last.pt")
     assert f"top-1 {100 * float(last[5]):.2f} %" in printed and f"t=1: {100 * float(last[4]):.2f} %" in printed
-    import eval as evaluation
     model = evaluation.build_network(evaluation.load_checkpoint(trained / "last.pt"))
     dataset = data.load("shapes").to("cpu")
     with torch.no_grad():
@@ -558,19 +861,317 @@ def test_help_reads_well(program):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
-    import train
     rates = [train.learning_rate(step, 100, {"lr": 0.4, "warmup": 0.1}) for step in range(100)]
     assert rates[0] == pytest.approx(0.04) and max(rates) == pytest.approx(0.4) and rates[-1] < 1e-3
     assert np.argmax(rates) in (9, 10) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
 def test_weight_decay_spares_thresholds_decays_and_batchnorm():
-    import train
     model = models.build("resnet19", 10, 2, width=4)
     optimizer = train.make_optimizer(model, {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.1})
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    expected = {id(m.weight) for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))}
+    expected = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     assert decayed == expected and sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+# ---- looking inside --------------------------------------------------------------------------------------------------
+
+# ---- looking inside
+
+FOLDED = [("resnet19", 8, 32), ("resnet18", 8, 64), ("sew_resnet18", 8, 64), ("spikformer", 8, 32)]
+
+
+def randomised(arch, width, timesteps=2, in_channels=3, num_classes=10, size=32, seed=0):
+    """A network in float64 with every threshold, leak, start, scale, shift and running mean different, that fires in every layer."""
+    torch.manual_seed(seed)
+    model = models.build(arch, num_classes, timesteps, in_channels, width).double()
+    for module in model.modules():
+        if isinstance(module, TrLIF):
+            nn.init.uniform_(module.raw_threshold, -1.0, 0.3)            # theta from 0.31 to 0.85
+            nn.init.uniform_(module.raw_decay, -0.5, 1.0)
+            nn.init.uniform_(module.v_init, -0.1, 0.3)
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.uniform_(module.weight, 0.7, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.5)
+            module.momentum = 0.5
+    for module in model.modules():
+        if isinstance(module, models.SpikingSelfAttention):
+            nn.init.constant_(module.lif.raw_threshold, -4.0)            # theta 0.018: products of few spikes are small
+    x = torch.randn(16, in_channels, size, size).double()
+    with torch.no_grad():
+        for _ in range(4):                                               # statistics that fit, so that spikes arrive at the end
+            model.train()(x if in_channels == 3 else x.unsqueeze(1).expand(-1, timesteps, -1, -1, -1))
+    for module in model.modules():
+        if isinstance(module, TrLIF):
+            nn.init.uniform_(module.v_init, -0.1, 0.3).mul_(module.threshold.detach())
+    return model.eval()
+
+
+def batches_of(x, y=None, size=64):
+    return [(a, b) for a, b in zip(x.split(size), (torch.zeros(len(x), dtype=torch.long) if y is None else y).split(size))]
+
+
+def checkpoint_file(path, arch="resnet19", width=4, timesteps=2, model=None):
+    network = dict(arch=arch, num_classes=10, timesteps=timesteps, in_channels=3, width=width)
+    model = model or randomised(arch, width, timesteps).float()
+    mean, std, _ = data.STATISTICS["shapes"]
+    torch.save(dict(format=evaluation.FORMAT, network=network, model=model.state_dict(), epoch=1,
+                    data=dict(name="shapes", mean=mean, std=std, image_size=32)), path)
+    return path
+
+
+class TwoLayers(nn.Module):
+    """conv 3x3 (stride, padding) - LIF - conv - LIF - linear, wired as models.wiring would say for it."""
+
+    def __init__(self, stride, padding):
+        super().__init__()
+        self.conv1, self.lif1 = nn.Conv2d(1, 1, 1, bias=False), TrLIF(threshold=0.5, tau=1.5)
+        self.conv2, self.lif2 = nn.Conv2d(1, 3, 3, stride, padding, bias=False), TrLIF()
+        self.head = nn.Linear(3, 4)
+        self.timesteps = 2
+
+    def forward(self, x):
+        s = models.fire(self.lif1, self.conv1(x).repeat(2, 1, 1, 1), 2)
+        s = models.fire(self.lif2, self.conv2(s), 2)
+        return self.head(s.mean((2, 3))).unflatten(0, (2, -1))
+
+
+@pytest.mark.parametrize("stride, padding, by_hand", [
+    # A 5x5 image whose corner (0, 0), edge (0, 2), centre (2, 2) and place (3, 4) are lit. The taps of a 3x3 kernel that read
+    # a place, rows x columns: without padding a row r is read by 1, 2, 3, 2, 1 kernel rows; with padding 1 by 2, 3, 3, 3, 2;
+    # with stride 2 and padding 1 (centres at 0, 2, 4) by 1, 2, 1, 2, 1.
+    (1, 0, 1 * 1 + 1 * 3 + 3 * 3 + 2 * 1),
+    (1, 1, 2 * 2 + 2 * 3 + 3 * 3 + 3 * 2),
+    (2, 1, 1 * 1 + 1 * 1 + 1 * 1 + 2 * 1)])
+def test_operations_by_hand(monkeypatch, stride, padding, by_hand):
+    wires = [("conv1", None, []), ("conv2", None, ["lif1"]), ("head", None, ["lif2"])], {}
+    monkeypatch.setattr(models, "wiring", lambda model: wires)
+    model = TwoLayers(stride, padding).eval()
+    nn.init.ones_(model.conv1.weight)
+    nn.init.constant_(model.conv2.weight, 9.0)
+    x = torch.zeros(2, 1, 5, 5)
+    for r, c in ((0, 0), (0, 2), (2, 2), (3, 4)):
+        x[0, 0, r, c] = 10.0                                             # fires in both steps; the second image stays dark
+    result, counts = evaluation.observe(model, batches_of(x))
+    conv1, conv2, head = evaluation.operations(model, counts, result["images"])
+    assert conv1["macs"] == 25 and conv1["acs"] == 0                     # one multiply-accumulate a pixel, once for both steps
+    assert conv2["spikes"] == 2 * 4 / 2                                  # 2 steps, 4 places, over 2 images
+    assert conv2["acs"] == 2 * by_hand * 3 / 2 and conv2["macs"] == 0    # 3 output channels
+    with torch.no_grad():
+        spikes2 = model.lif2(model.conv2(model.lif1(x.expand(2, -1, -1, -1, -1)).flatten(0, 1)).unflatten(0, (2, -1))).count_nonzero()
+    assert head["acs"] == spikes2 * 4 / 2 > 0
+    taps = {(1, 0): 81, (1, 1): 169, (2, 1): 49}[stride, padding]        # (1+2+3+2+1)^2, (2+3+3+3+2)^2, (1+2+1+2+1)^2
+    assert conv2["dense"] == 3 * taps and conv1["dense"] == 25
+    assert conv2["pj"] == pytest.approx(0.9 * conv2["acs"]) and conv1["pj"] == pytest.approx(4.6 * 25)
+
+
+@pytest.mark.parametrize("groups, kernel, stride, padding", [(1, 3, 1, 1), (1, 7, 2, 3), (2, 1, 2, 0), (4, 3, 2, 1)])
+def test_fan_out_by_brute_force(groups, kernel, stride, padding):
+    conv = nn.Conv2d(4, 8, kernel, stride, padding, groups=groups, bias=False)
+    nn.init.ones_(conv.weight)
+    fan = evaluation.fan_out(conv, (9, 8))
+    for r, c in ((0, 0), (0, 7), (8, 7), (4, 4), (1, 6)):
+        spike = torch.zeros(1, 4, 9, 8)
+        spike[0, 1, r, c] = 1
+        assert fan[r, c] == conv(spike).sum()                            # each connection carries a 1
+
+
+@pytest.mark.parametrize("arch, width, size", FOLDED)
+@pytest.mark.parametrize("events", [False, True])
+def test_operations_count_every_spike_of_a_folded_network(arch, width, size, events):
+    """Counted with hooks on what really enters each layer of the folded network: exact whole numbers, streams included."""
+    model = randomised(arch, width, in_channels=2 if events else 3, size=size)
+    shape = (6, 2, 2, size, size) if events else (6, 3, size, size)
+    x = torch.randint(0, 3, shape).double() if events else torch.randn(shape).double()
+    folded, entered = models.fold(model), {}
+
+    def at_weights(name):
+        def hook(layer, inputs):
+            s = inputs[0].sum((0, 1) if isinstance(layer, nn.Conv2d) else None)
+            entered[name] = float((s * evaluation.fan_out(layer, s.shape)).sum()) / len(x)
+        return hook
+    for name, layer in folded.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_pre_hook(at_weights(name))
+    with torch.no_grad():
+        folded(x)
+    rows = {}
+    for network in (model, models.fold(model)):
+        result, counts = evaluation.observe(network, batches_of(x, size=4))
+        rows = {row["layer"]: row for row in evaluation.operations(network, counts, result["images"])}
+        for name, expected in entered.items():
+            if name == "head":                                           # it reads means over places
+                expected *= {"resnet19": 64, "spikformer": 64}.get(arch, (size // 32) ** 2)
+            if rows[name]["acs"] or events:
+                assert rows[name]["acs"] == pytest.approx(expected, rel=1e-12) and rows[name]["macs"] == 0
+    stem = next(iter(rows.values()))
+    assert (stem["macs"] == 0) == events and (events or stem["macs"] == stem["dense"])
+
+
+def test_attention_operations():
+    model = randomised("spikformer", 4, timesteps=3)
+    x, kept = torch.randn(5, 3, 32, 32).double(), {}
+    for part in "qkv":
+        model.attention[1].get_submodule(part).register_forward_hook(
+            lambda _, inputs, o, part=part: kept.__setitem__(part, (o != 0).double().unflatten(2, (12, -1)).transpose(1, 2)))
+    result, counts = evaluation.observe(model, batches_of(x))
+    rows = {row["layer"]: row for row in evaluation.operations(model, counts, 5)}
+    assert kept["q"].sum() > 0
+    assert rows["attention.1 k^T v"]["acs"] == pytest.approx(float((kept["k"].transpose(2, 3) @ kept["v"]).sum()) / 5)
+    assert rows["attention.1 q (k^T v)"]["acs"] == pytest.approx(float(kept["q"].sum()) * 2 / 5)         # 2 channels a head
+    assert rows["attention.1 k^T v"]["dense"] == 64 * 24 * 2
+
+
+def real_images(n=1000):
+    folder = pathlib.Path(os.environ.get("CIFAR_DIR", "/nonexistent")) / "cifar100" / "test_images.npy"
+    if not folder.exists():
+        return torch.randn(64, 3, 32, 32, dtype=torch.float64)
+    images = torch.from_numpy(np.load(folder)[:n]).permute(0, 3, 1, 2).double() / 255
+    return (images - 0.48) / 0.27
+
+
+@pytest.mark.parametrize("arch, width, size", FOLDED)
+def test_folding_changes_nothing(arch, width, size):
+    model = randomised(arch, width)
+    folded, x, sent = models.fold(model), real_images(), {}
+
+    def check(name):
+        def hook(_, inputs, o):
+            assert ((o == 0) | (o == 1)).all(), name                     # every layer sends 0 or 1
+            sent[name] = (o != 0).double().mean().item()
+        return hook
+    for name, layer in folded.named_modules():
+        assert not isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))
+        if isinstance(layer, (TrLIF, nn.MaxPool2d)):
+            layer.register_forward_hook(check(name))
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and name not in ("stem.0", "patches.0.0", "head"):
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: check(name)(_, None, inputs[0]))    # and receives 0 or 1
+
+    def counts_only(_, inputs):
+        assert ((inputs[0] * 64).frac() == 0).all()                      # spike counts over at most 8 x 8 places
+    folded.head.register_forward_pre_hook(counts_only)
+    with torch.no_grad():
+        for part in x.split(50):
+            a, b = model(part), folded(part)
+            assert (a - b).abs().max() <= 1e-9 * a.abs().max()
+            assert (a.argmax(2) == b.argmax(2)).all() and (a.mean(0).argmax(1) == b.mean(0).argmax(1)).all()
+            assert a.std(1).min() > 0                                    # the images are told apart: spikes arrived
+    assert sum(rate > 0 for rate in sent.values()) > 0.9 * len(sent), sent                               # spikes nearly everywhere
+    assert all((layer.surrogate == "trsg") for layer in evaluation.neurons_of(model).values())           # the original is untouched
+
+
+def test_folding_in_float32_keeps_predictions():
+    model = randomised("resnet19", 8).float()
+    folded, x = models.fold(model), real_images(400).float()
+    with torch.no_grad():
+        same = torch.cat([(model(p).mean(0).argmax(1) == folded(p).mean(0).argmax(1)) for p in x.split(50)])
+    assert same.float().mean() >= 0.995
+
+
+def test_wasserstein_from_histograms():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.3, 0.7, 20000), rng.gamma(2.0, 0.5, 20000) - 1
+    exact = np.abs(np.sort(a) - np.sort(b)).mean()
+    edges = np.linspace(-evaluation.RANGE, evaluation.RANGE, evaluation.BINS + 1)
+    laws = [torch.from_numpy(np.histogram(v, edges)[0]) for v in (a, b)]
+    assert abs(evaluation.wasserstein(*laws).item() - exact) <= 1 / evaluation.BINS_PER_THRESHOLD
+    for v, law in zip((a, b), laws):
+        mean, deviation = evaluation.moments(law)
+        assert abs(mean - v.mean()) < 1 / 512 and abs(deviation - v.std()) < 0.01
+
+
+def test_potentials_are_the_neurons_own_and_memory_is_constant():
+    model, T, steps = randomised("resnet19", 4, timesteps=3).float(), 3, 15
+    x, seen = torch.randn(12, 3, 32, 32), []
+    model.lif.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    _, laws = evaluation.potentials(model, batches_of(x, size=4), T, steps)
+    current = torch.cat(seen, 1)
+    assert current.shape[0] == steps
+    v, theta, k, potentials = model.lif.v_init.expand(current.shape[1:]), model.lif.threshold.item(), model.lif.decay.item(), []
+    for x_t in current:                                                  # arXiv:2511.08708, restated
+        h = v + k * (x_t - v)
+        v = h - theta * (h >= theta)
+        potentials.append(v / theta)
+    edges = np.linspace(-evaluation.RANGE, evaluation.RANGE, evaluation.BINS + 1)
+    for row, expected in enumerate([*potentials[:T], torch.stack(potentials[-T:])]):
+        exact = torch.from_numpy(np.histogram(expected.detach().clamp(-31.99, 31.99).numpy(), edges)[0])
+        assert laws["lif"][row].sum() == exact.sum()
+        assert evaluation.wasserstein(laws["lif"][row], exact) < 1e-4    # a rounding may cross an edge
+    _, more = evaluation.potentials(model, batches_of(torch.cat([x, x, x]), size=4), T, steps, v_init=0)
+    assert [law.shape for law in more.values()] == [law.shape for law in laws.values()]
+    few, many = (evaluation.observe(model, batches_of(images))[1] for images in (x, torch.cat([x, x])))
+    assert all(torch.equal(2 * few[name], many[name]) for name in few) and few.keys() == many.keys()
+    assert model.timesteps == 3 and not any(layer._forward_pre_hooks for name, layer in model.named_modules() if name != "lif")
+
+
+def test_event_sequences_are_repeated():
+    model = randomised("resnet19", 4, in_channels=2).float()
+    x = torch.randint(0, 3, (4, 2, 2, 32, 32)).float()
+    result, laws = evaluation.potentials(model, batches_of(x), 2, 10)
+    assert len(result["top1_at"]) == 10
+    alone = evaluation.evaluate(model, batches_of(x))
+    assert result["top1_at"][:2] == alone["top1_at"] and laws["lif"].shape == (3, evaluation.BINS)
+
+
+def printed(capsys, *args):
+    """What eval.py prints when called with args in this process."""
+    evaluation.main([str(arg) for arg in args])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ["resnet19", "spikformer"])
+def test_saved_folded_network_predicts_the_same(tmp_path, capsys, arch):
+    path = checkpoint_file(tmp_path / "a.pt", arch)
+    out = printed(capsys, path, "--save-folded", tmp_path / "f.pt", "--images", 64)
+    assert "same prediction on 100.00 % of 64 images" in out
+    original, folded = (evaluation.build_network(evaluation.load_checkpoint(tmp_path / name)) for name in ("a.pt", "f.pt"))
+    x = torch.randn(32, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(models.fold(original)(x), folded(x))
+    with pytest.raises(data.UserError, match="folded already"):
+        evaluation.main([str(tmp_path / "f.pt"), "--fold", "--images", "64"])
+    if arch == "resnet19":                                               # and in a process that knows nothing but the file
+        again = subprocess.run([sys.executable, evaluation.__file__, "f.pt", "--images", "64", "--batch-size", "16", "--device", "cpu"],
+                               capture_output=True, text=True, cwd=tmp_path)
+        read_out = [[line for line in text.splitlines() if line.startswith("read out")] for text in (out, again.stdout)]
+        assert again.returncode == 0 and read_out[0] == read_out[1] and "folded" in again.stdout, again.stderr
+
+
+def test_report_comparison_and_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    a, b = checkpoint_file(tmp_path / "a.pt"), checkpoint_file(tmp_path / "b.pt", "sew_resnet18")
+    out = printed(capsys, a, b, "--images", 20, "--batch-size", 16, "--report", tmp_path / "r.md", "--plot", tmp_path / "p.png")
+    text = (tmp_path / "r.md").read_text()
+    assert text.startswith("# Comparison") and text.count("## Temporal covariate shift") == 2 and "nan" not in text
+    assert "blocks.7.lif2" in text and "4.6 pJ" in text and "sew_resnet18" in out
+    for name in ("p.png", "p-2.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_gradient_table_shows_the_claim(tmp_path):
+    for surrogate, spread in (("trsg", 1.5), ("absolute", 1e3)):
+        norms = [evaluation.gradient_norms(surrogate, theta, True)[0]["lif"] for theta in (0.1, 1.0, 10.0)]
+        assert (max(norms) / min(norms) < 1.5) == (surrogate == "trsg")
+        assert max(norms) / min(norms) < 1.5 or max(norms) / min(norms) > spread
+
+
+@pytest.mark.parametrize("args", [["a.pt", "--plot", "p.png"], ["--gradients", "g.png"]])
+def test_missing_matplotlib_is_one_line(monkeypatch, capsys, args):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)                 # as if it were not installed
+    with pytest.raises(SystemExit) as left:
+        evaluation.run(lambda: evaluation.main(args), "eval.py")
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and err == "eval.py: error: pictures need matplotlib: pip install matplotlib\n"
+    assert out == ""                                                     # said before the work, not after
+
+
+@pytest.mark.parametrize("args, says", [([], "no checkpoint given"), (["a.pt", "b.pt", "--save-folded", "c.pt"], "takes one checkpoint"),
+                                        (["nowhere.pt"], "no such file"), (["nowhere.pt", "--images", "0"], "at least 1")])
+def test_mistakes_are_one_line(capsys, args, says):
+    with pytest.raises(SystemExit) as left:
+        evaluation.run(lambda: evaluation.main(args), "eval.py")
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and len(err.splitlines()) == 1 and says in err
 
 
 # ---- several processes -------------------------------------------------------------------------------------------------
@@ -688,8 +1289,6 @@ def test_a_resumed_run_takes_new_recipe_flags_and_says_so(tiny, tmp_path):
 
 def fails(capsys, program, arguments, expected):
     """program.main(arguments) must end with exit code 2 and one line on stderr that contains expected."""
-    import eval as evaluation
-    import train
     main = {"train.py": train.main, "eval.py": evaluation.main}[program]
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
@@ -814,7 +1413,6 @@ def test_a_resumed_run_must_keep_its_network_and_data(capsys, trained, flags, ex
 
 
 def test_two_runs_do_not_write_into_one_folder(capsys, tiny, tmp_path):
-    import train
     held = train.lock(tmp_path / "run")
     fails(capsys, "train.py", [*tiny(), "--out", tmp_path / "run"], "another process is training into")
     held.close()
