@@ -34,7 +34,7 @@ from eval import FORMAT, evaluate, load_checkpoint, run
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
 RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0)
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5)
-FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by")                # what a resumed run may not change
+FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by")    # what a resumed run may not change
 
 
 def number(kind, low, high=math.inf, or_equal=False):
@@ -186,10 +186,8 @@ def first_bad_layer(model, x):
                 found.append(f"{name} ({type(module).__name__})")
         return hook
     hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if not list(m.children())]
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None        # hooks run in the plain network only
     with torch.no_grad():
-        model(x)
-    model._compiled_call_impl = compiled
+        model.forward(x)                                         # not model(x): that may be compiled, without the hooks
     for hook in hooks:
         hook.remove()
     return found[0] if found else "none: the loss itself overflows"
@@ -233,7 +231,13 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")                   # TF32 where bfloat16 is off
     torch.backends.cudnn.benchmark = True
 
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank > 0:
+            dist.barrier()                                       # the first process downloads or prepares the data alone
     dataset = data.load(s["dataset"], s["data_dir"], s["image_size"], s["workers"], s["timesteps"], s["dvs_split"], s["bin_by"])
+    if world > 1 and rank == 0:
+        dist.barrier()
     if s["limit"]:
         if s["limit"] > len(dataset):
             raise UserError(f"--limit {s['limit']} is more than the {len(dataset)} training images of {s['dataset']}")
@@ -276,7 +280,6 @@ def main(argv=None):
     if s["compile"] or (s["compile"] is None and device.type == "cuda"):
         models.compile_model(model)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         trained = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     held = lock(out) if rank == 0 else None                      # noqa: F841 (the lock lives as long as the name)
 
@@ -374,6 +377,8 @@ def main(argv=None):
         saved = time.perf_counter()
     say(f"done: {s['arch']} on {s['dataset']}, T = {s['timesteps']}: test accuracy {100 * float(rows[-1]['test_acc_t' + str(s['timesteps'])]):.2f} %, best {100 * best:.2f} %, "
         f"{duration(spent + time.perf_counter() - start)}, {out}")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
