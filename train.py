@@ -74,7 +74,7 @@ def settings(argv=None):
     g.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, help="processes that decode images (default: %(default)s)")
     g = p.add_argument_group("recipe ('by arch': decided by --arch and printed at the start)")
     g.add_argument("--epochs", type=count, default=100, help="(default: %(default)s)")
-    g.add_argument("--batch-size", type=count, default=64, help="images a step, over all processes together (default: %(default)s)")
+    g.add_argument("--batch-size", type=count, help="images a step, over all processes together (default: 64; 16 where there are less than 5,000 training images, for the sake of enough steps)")
     g.add_argument("--accumulate", type=count, default=1, metavar="N", help="compute a step in N parts to save memory; BatchNorm and MP-Init then see the parts (default: %(default)s)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD with Nesterov momentum 0.9, or AdamW (by arch)")
     g.add_argument("--lr", type=positive, help="peak learning rate: linear warm-up to it, then a cosine to 0 (by arch)")
@@ -217,8 +217,6 @@ def main(argv=None):
     decide(s)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *_, **__: None
-    if s["batch_size"] % (world * s["accumulate"]):
-        raise UserError(f"--batch-size {s['batch_size']} does not divide by {world} processes x --accumulate {s['accumulate']}")
     try:
         device = torch.device(s["device"])
         if device.type == "cuda" and world > 1:
@@ -242,6 +240,9 @@ def main(argv=None):
         if s["limit"] > len(dataset):
             raise UserError(f"--limit {s['limit']} is more than the {len(dataset)} training images of {s['dataset']}")
         dataset.limit(s["limit"])
+    s["batch_size"] = s["batch_size"] or (64 if len(dataset) >= 5000 else 16)
+    if s["batch_size"] % (world * s["accumulate"]):
+        raise UserError(f"--batch-size {s['batch_size']} does not divide by {world} processes x --accumulate {s['accumulate']}")
     steps = len(dataset) // s["batch_size"]
     if steps == 0:
         raise UserError(f"--batch-size {s['batch_size']} is larger than the data set of {len(dataset)} training images")
@@ -315,6 +316,7 @@ def main(argv=None):
     while epoch < s["epochs"]:
         model.train()
         epoch_start, first_step = time.perf_counter(), step
+        x, rate = None, learning_rate(epoch * steps + steps - 1, s["epochs"] * steps, s)     # if only the evaluation is left
         for x, y in dataset.train(s["batch_size"], s["seed"], epoch, step, rank, world):
             rate = learning_rate(epoch * steps + step, s["epochs"] * steps, s)
             for group in optimizer.param_groups:
