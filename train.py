@@ -303,6 +303,10 @@ def main(argv=None):
                                dvs_split=s["dvs_split"], bin_by=s["bin_by"]))
         data.write_atomically(out / name, lambda file: torch.save(state, file))
 
+    def time_left():
+        done = epoch * steps + step
+        return duration((time.perf_counter() - start) * (s["epochs"] * steps - done) / max(done - done_before, 1))
+
     def stop_if_bad(x):
         if not math.isfinite(totals[0].item()) or scaler.get_scale() != 1:
             layer = first_bad_layer(model, x)
@@ -335,9 +339,8 @@ def main(argv=None):
             if now - printed > 10:                               # the only time the host waits for the device in an epoch
                 printed = now
                 stop_if_bad(x)
-                part = (epoch * steps + step - done_before) / (s["epochs"] * steps - done_before)
                 say(f"  epoch {epoch + 1}/{s['epochs']}, step {step}/{steps}: loss {totals[0] / totals[2]:.3f}, accuracy {100 * totals[1] / totals[2]:.1f} %, "
-                    f"{(step - first_step) * s['batch_size'] / (now - epoch_start):.0f} images/s, {duration((now - start) * (1 / part - 1))} left", flush=True)
+                    f"{(step - first_step) * s['batch_size'] / (now - epoch_start):.0f} images/s, {time_left()} left", flush=True)
             if world > 1 and step % 10 == 0:                     # all processes have to stop after the same step
                 dist.all_reduce(stop := torch.tensor(interrupt.signal or 0, device=device), dist.ReduceOp.MAX)
                 stopping = stop.item()
@@ -363,7 +366,7 @@ def main(argv=None):
                          seconds=f"{spent + time.perf_counter() - start:.1f}", **({"split": dataset.split} if dataset.split else {})))
         say(f"epoch {epoch + 1}/{s['epochs']}: loss {loss / images:.4f}, accuracy {100 * right / images:.2f} %, test {100 * test['top1']:.2f} % "
             f"({', '.join(f't={t} {100 * a:.2f}' for t, a in enumerate(test['top1_at'], 1))}), {rows[-1]['images_per_s']} images/s, "
-            f"{duration((time.perf_counter() - start) * ((s['epochs'] * steps - done_before) / ((epoch + 1) * steps - done_before) - 1))} left", flush=True)
+            f"{time_left()} left", flush=True)
         epoch, step, better = epoch + 1, 0, test["top1"] > best
         best = max(best, test["top1"])
         totals.zero_()
