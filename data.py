@@ -100,6 +100,7 @@ class Resident:
             self.sets[split] = images, torch.from_numpy(labels.astype(np.int64))
         self.channels = 2 if self.frames else images.shape[3]
         self.size = tuple(images.shape[1:3])
+        self.to("cpu")
 
     def __len__(self):
         return len(self.sets["train"][1])
