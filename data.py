@@ -413,22 +413,40 @@ def read_events(path, event_bytes, look=False):
         raise UserError(f"{path} cannot be read, replace it by the original: {first_line(error)}") from error
 
 
+def read_words(path):
+    """The events of an AEDAT 2.0 recording of a DVS128 as they stand in it: addresses int64 [N], timestamps big-endian uint32 [N]."""
+    words = read_events(path, 8).view(">u4")
+    address = words[0::2].astype(np.int64)
+    if address.max() > 0x7FFF:
+        raise UserError(f"{path} holds the address {address.max():#x}, beyond the 128x128 pixels of a DVS128: replace it by the original")
+    return address, words[1::2]
+
+
+def unwrapped(clock):
+    """Timestamps modulo 2^32 as int64 that go on where the clock wraps: of the possible differences the one nearest to 0."""
+    t = clock.astype(np.int64)
+    if (t[1:] < t[:-1]).any():
+        t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
+    return t
+
+
 def read_aedat(path):
     """The events of an AEDAT 2.0 recording of a DVS128, in file order: t int64 [N] in microseconds; x, y, p int16 [N].
 
     x column and y row, 0..127, in the orientation everyone's frames have; p polarity, 1 = ON. A 32-bit clock that wraps goes
     on. path may lead into a zip archive (some.zip/member). UserError for a file that is anything else.
     """
-    # Fresh memory is what costs time here: what was read, big-endian (address, timestamp), becomes t in place.
-    t = read_events(path, 8).view(np.int64).byteswap(inplace=True)
-    address = t.view(np.uint32)[1::2]                            # on a little-endian machine, as all are
-    if address.max() > 0x7FFF:
-        raise UserError(f"{path} holds the address {address.max():#x}, beyond the 128x128 pixels of a DVS128: replace it by the original")
+    address, clock = read_words(path)
     place = address.astype(np.int16) ^ 0x7FFF                    # 127 - x, 127 - y and 1 - p at once
-    address[:] = 0
-    if (t[1:] < t[:-1]).any():                                   # of the differences modulo 2^32 the one nearest to 0
-        t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
-    return t, place >> 8, place >> 1 & 127, place & 1
+    return unwrapped(clock), place >> 8, place >> 1 & 127, place & 1
+
+
+def aedat_frames(path, frames, by="count"):
+    """bin_events(*read_aedat(path), frames, 128, 128, by), faster: addresses are counted as they are, and the counts, not the
+    events, put into their places."""
+    address, clock = read_words(path)
+    counts = count_slices(unwrapped(clock) if by == "time" else None, address, frames, 2 ** 15, by)
+    return np.ascontiguousarray(counts.reshape(frames, 128, 128, 2)[:, ::-1, ::-1, ::-1].transpose(0, 3, 2, 1))
 
 
 def read_nmnist(path):
@@ -450,20 +468,24 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
         raise ValueError(f"by must be 'count' or 'time' and frames at least 1, not {by!r} and {frames}")
     if n and not all(0 <= v.min() and v.max() < end for v, end in ((x, width), (y, height), (p, 2))):
         raise ValueError(f"events outside of 2 x {height} x {width}")
-    edges = n // frames * np.arange(frames + 1)
-    if by == "time" and n:
+    place = (p.astype(np.intp) * height + y) * width + x
+    return count_slices(t, place, frames, 2 * height * width, by).reshape(frames, 2, height, width)
+
+
+def count_slices(t, place, frames, places, by):
+    """How many events each place 0 ... places - 1 has in each slice (see bin_events), uint16 [frames, places]."""
+    edges = len(place) // frames * np.arange(frames + 1)
+    if by == "time" and len(place):
         if (t[1:] < t[:-1]).any():
             order = np.argsort(t, kind="stable")
-            t, x, y, p = (v[order] for v in (t, x, y, p))
+            t, place = t[order], place[order]
         edges = np.searchsorted(t, t[0] + max((t[-1] - t[0]) // frames, 1) * np.arange(frames + 1))
-    edges[-1] = n
-    counts, room = np.empty((frames, 2 * height * width), np.uint16), np.int16 if 2 * height * width <= 2 ** 15 else np.int64
-    x, y, p = (v.astype(room, copy=False) for v in (x, y, p))
+    edges[-1] = len(place)
+    counts = np.empty((frames, places), np.uint16)
     for frame, a, b in zip(counts, edges, edges[1:]):            # a slice at a time: it stays in the cache
-        place = (p[a:b] * room(height) + y[a:b]) * room(width) + x[a:b]
-        count = np.bincount(place, minlength=2 * height * width)
+        count = np.bincount(place[a:b], minlength=places)
         frame[:] = np.minimum(count, 65535) if b - a > 65535 else count
-    return counts.reshape(frames, 2, height, width)
+    return counts
 
 
 def area_mean(frames, size):
@@ -471,7 +493,9 @@ def area_mean(frames, size):
     n = frames.shape[-1]
     low, pixel = np.arange(size)[:, None] * n / size, np.arange(n)
     part = (np.minimum(low + n / size, pixel + 1) - np.maximum(low, pixel)).clip(0).astype(np.float32) * np.float32(size / n)
-    return part @ frames.astype(np.float32) @ part.T
+    # torch's product, since it keeps to one thread in a worker process, which numpy's does not.
+    part, frames = torch.from_numpy(part), torch.from_numpy(frames.astype(np.float32))
+    return (part @ frames @ part.T).numpy()
 
 
 def write_part(recordings, name, timesteps, by, folder):
@@ -479,9 +503,10 @@ def write_part(recordings, name, timesteps, by, folder):
     path = folder / f"{zlib.crc32(repr(recordings).encode()):08x}.npy"
     pixels, size, scale = SENSORS[name]
     if not path.exists():
-        read, made = read_nmnist if name == "nmnist" else read_aedat, []
-        for recording in recordings:
-            frames = bin_events(*read(recording[2]), timesteps, pixels, pixels, by)
+        made = []
+        for _, _, recording, _ in recordings:
+            frames = (bin_events(*read_nmnist(recording), timesteps, pixels, pixels, by) if name == "nmnist" else
+                      aedat_frames(recording, timesteps, by))
             frames = frames if size == pixels else area_mean(frames, size)
             made.append(np.rint(np.minimum(frames * float(scale), 255)).astype(np.uint8))
         write_atomically(path, lambda file: np.save(file, np.stack(made), allow_pickle=False))

@@ -569,6 +569,8 @@ def test_events_and_frames_equal_a_slow_reader_and_binner(case, tmp_path):
         for frames in (1, 4, 10):
             result = data.bin_events(*found, frames=frames, height=128, width=128, by=by)
             assert result.dtype == np.uint16 and np.array_equal(result, slow_bin(*expected, frames, 128, 128, by))
+            shortcut = data.aedat_frames(path, frames, by)
+            assert shortcut.dtype == np.uint16 and shortcut.flags.c_contiguous and np.array_equal(shortcut, result)
 
 
 def test_header_lines_end_where_the_number_sign_does_and_address_bits_are_where_they_belong(tmp_path):
