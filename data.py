@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torchvision
 from torchvision import transforms
+from torchvision.transforms import v2
 
 # Per-channel mean and standard deviation of the training images in 0..1, and the number of classes.
 STATISTICS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 10),
@@ -81,16 +82,29 @@ def draws(device, *key):
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 
+def trivial_augment(x, batch_size, rank, world, key):
+    """torchvision's TrivialAugmentWide (Mueller 2021) on a process's images of a batch, uint8 [B, H, W, 3]: one random operation
+    of random strength for each sixteenth of the (shuffled) whole batch, since an image at a time would keep a GPU waiting."""
+    group = (rank + world * np.arange(len(x))) * 16 // batch_size
+    parts = x.permute(0, 3, 1, 2).split(np.bincount(group, minlength=16).tolist())
+    with torch.random.fork_rng(devices=[]):                      # torchvision draws from the CPU's global generator
+        for g, part in enumerate(parts):
+            if len(part):
+                torch.default_generator.manual_seed(zlib.crc32(repr((*key, g)).encode()))
+                part.copy_(v2.TrivialAugmentWide()(part))
+    return x
+
+
 class Resident:
     """A data set that lives on the device as uint8. Images [N, H, W, C], or event frames [N, T, 2, H, W].
 
     pad: random shifts by up to so many pixels, zeros moving in; flip: random horizontal flips; cutout: side of a square
-    set to the mean, 0 for none.
+    set to the mean, 0 for none; augment: TrivialAugment (see trivial_augment).
     """
 
     def __init__(self, name, train, test, classes, mean, std, pad=4, flip=True, split=None):
         self.name, self.classes, self.mean, self.std, self.split = name, classes, tuple(mean), tuple(std), split
-        self.pad, self.flip, self.cutout = pad, flip, 0
+        self.pad, self.flip, self.cutout, self.augment = pad, flip, 0, False
         self.sets = {}
         for split, (images, labels) in {"train": train, "test": test}.items():
             images = torch.from_numpy(np.ascontiguousarray(images))
@@ -140,7 +154,8 @@ class Resident:
             c = torch.where(mirror[:, None], columns.flip(0), columns) + shift[:, 1:]
             inside = ((r >= 0) & (r < H))[:, :, None] & ((c >= 0) & (c < W))[:, None, :]
             x = images[chosen[:, None, None], r.clamp(0, H - 1)[:, :, None], c.clamp(0, W - 1)[:, None, :]]
-            x = self._normalise(x * inside[..., None])
+            x = x * inside[..., None]
+            x = self._normalise(trivial_augment(x, batch_size, rank, world, (seed, epoch, step)) if self.augment else x)
             if self.cutout:
                 far = [(axis + 0.5 - centre[:, i:i + 1] * len(axis)).abs() > self.cutout / 2
                        for i, axis in enumerate((rows, columns))]
@@ -166,10 +181,7 @@ class Streamed:
         self.folders = {split: image_folder(root, split) for split in ("train", "test")}
         self.classes = self.folders["train"].classes
         self.indices = list(range(len(self.folders["train"])))
-        self.transforms = {
-            "train": transforms.Compose([transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(),
-                                         transforms.PILToTensor()]),
-            "test": fixed_crop(image_size, round(image_size * 256 / 224))}
+        self.augment = False
 
     def __len__(self):
         return len(self.indices)
@@ -183,8 +195,12 @@ class Streamed:
 
     def _batches(self, split, batches):
         """batches: lists of (index, seed of its draws). Decoded, cropped, moved and normalised."""
+        size = self.size[0]
+        transform = fixed_crop(size, round(size * 256 / 224)) if split == "test" else transforms.Compose([
+            transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(),
+            *[transforms.TrivialAugmentWide()] * self.augment, transforms.PILToTensor()])
         mean, std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        for x, y in image_loader(self.folders[split], self.transforms[split], batches, self.workers, self.device):
+        for x, y in image_loader(self.folders[split], transform, batches, self.workers, self.device):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             yield ((x.float() - mean) / std).contiguous(memory_format=memory_format(self.device)), y
 

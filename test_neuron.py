@@ -431,8 +431,10 @@ def test_frames_of_a_recording_move_together():
     assert x[0, :, :, 8, 8].flatten().tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_batches_do_not_depend_on_history_or_on_the_number_of_processes():
+@pytest.mark.parametrize("augment", [False, True])
+def test_batches_do_not_depend_on_history_or_on_the_number_of_processes(augment):
     dataset = small_set()
+    dataset.augment = augment
     whole = list(dataset.train(20, 1, 2))
     assert len(whole) == 5
     for (xa, ya), (xb, yb) in zip(whole[3:], dataset.train(20, 1, 2, start=3)):
@@ -450,6 +452,19 @@ def test_every_test_image_is_seen_once(world, batch):
     assert len({len(p) for p in parts}) == 1 and all(len(y) == batch for p in parts for _, y in p)
     seen = [(x[i].sum().item(), y[i].item()) for p in parts for x, y in p for i in range(batch) if y[i] >= 0]
     assert sorted(seen) == sorted((a.float().sum().item(), b.item()) for a, b in zip(images, labels))
+
+
+def test_trivial_augment_draws_for_parts_of_the_batch_and_leaves_the_global_generator_alone():
+    images = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, plain = torch.get_rng_state(), images.clone()
+    a, b, other = (data.trivial_augment(images.clone(), 64, 0, 1, key) for key in ((0, 0), (0, 0), (0, 1)))
+    assert torch.equal(before, torch.get_rng_state()) and a.dtype == torch.uint8 and a.shape == images.shape
+    assert torch.equal(a, b) and not torch.equal(a, other)
+    changed = (a != plain).flatten(1).any(1).view(16, 4)         # four images share an operation; some operations change nothing
+    assert 8 <= changed.any(1).sum() <= 16 and torch.equal(images, plain)
+    odd = [data.trivial_augment(images[r:21:2].clone(), 21, r, 2, (3,)) for r in (0, 1)]   # 21 images do not divide by 16
+    whole = data.trivial_augment(images[:21].clone(), 21, 0, 1, (3,))
+    assert torch.equal(whole[0::2], odd[0]) and torch.equal(whole[1::2], odd[1])
 
 
 def test_cutout_blanks_a_square_to_the_mean():
@@ -490,6 +505,21 @@ def test_labels_belong_to_their_images_in_a_folder(tmp_path):
     dataset = data.load("folder", image_tree(tmp_path), image_size=24, workers=0).to("cpu")
     x, y = next(iter(dataset.train(24, 0, 0)))
     assert ((x.mean((1, 2, 3)) > 0) == (y == 1)).float().mean() > 0.9    # class 1 is the bright one
+
+
+def test_a_folder_of_photographs_trains_at_224(tmp_path):
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for split, name in ((s, n) for s in ("train", "val") for n in ("cats", "dogs")):
+        (tmp_path / "tree" / split / name).mkdir(parents=True)
+        for i in range(2):
+            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+            coarse.resize((500, 375), Image.BICUBIC).save(tmp_path / "tree" / split / name / f"{i}.jpg", quality=90)
+    said = python("train.py", "--dataset", "folder", "--data-dir", tmp_path / "tree", "--image-size", 224, "--arch", "sew_resnet18",
+                  "--timesteps", 2, "--epochs", 1, "--batch-size", 4, "--augment", "trivial", "--out", tmp_path / "run")
+    assert "4 training images of 224x224" in said and "1 epochs of 1 steps" in said and "done: sew_resnet18" in said
+    weights = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]
+    assert all(v.isfinite().all() for v in weights.values()) and weights["lif.v_init"] != 0
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------

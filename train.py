@@ -32,8 +32,8 @@ from data import UserError
 from eval import FORMAT, evaluate, load_checkpoint, run
 
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
-RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0)
-SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5)
+RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain")
+SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial")
 FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by")    # what a resumed run may not change
 
 
@@ -82,6 +82,7 @@ def settings(argv=None):
     g.add_argument("--warmup", type=number(float, 0, 1, or_equal=True), help="the warm-up's part of the run (by arch)")
     g.add_argument("--label-smoothing", type=number(float, 0, 1, or_equal=True), help="(by arch)")
     g.add_argument("--mixup", type=at_least_0, help="alpha of mixup's Beta distribution, 0 for no mixup (by arch)")
+    g.add_argument("--augment", choices=("plain", "trivial"), help="of training images: shifts (above 96 pixels random resized crops) and flips, or TrivialAugment as well (by arch)")
     g.add_argument("--seed", type=number(int, 0, or_equal=True), default=0, help="(default: %(default)s)")
     g = p.add_argument_group("machine and run")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
@@ -119,7 +120,7 @@ def open_run(s, given):
                 raise UserError(f"the run in {out} has --{name.replace('_', '-')} {checkpoint['settings'][name]}, not {given[name]}: "
                                 "leave the flag out, or start a new run")
         changed = {k: v for k, v in given.items() if checkpoint["settings"].get(k) != v and k not in ("out", "resume")}
-        return out, checkpoint, {**checkpoint["settings"], "device": s["device"], **given}, changed
+        return out, checkpoint, {**s, **checkpoint["settings"], "device": s["device"], **given}, changed
     name = f"{s['dataset']}-{s['arch']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     out = pathlib.Path(s["out"] or pathlib.Path("runs") / name)
     if (out / "last.pt").exists():
@@ -141,13 +142,10 @@ def lock(out):
 
 
 def make_optimizer(model, s):
-    """Weights decay; biases and BatchNorm do not. Thresholds and decays neither, and they learn at a tenth of the rate:
-    each gathers the gradients of a whole layer of neurons, and a full step would throw it far."""
+    """Weights decay; biases, BatchNorm, thresholds and time constants do not."""
     learnt = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learnt if p.dim() > 1], "weight_decay": s["weight_decay"], "rate": 1.0},
-              {"params": [p for p in learnt if p.dim() == 1], "weight_decay": 0.0, "rate": 1.0},
-              {"params": [p for p in learnt if p.dim() == 0], "weight_decay": 0.0, "rate": 0.1}]
-    groups = [group for group in groups if group["params"]]      # there is no third with --fixed-neuron
+    groups = [{"params": [p for p in learnt if p.dim() > 1], "weight_decay": s["weight_decay"]},
+              {"params": [p for p in learnt if p.dim() <= 1], "weight_decay": 0.0}]
     if s["optimizer"] == "adamw":
         return torch.optim.AdamW(groups, lr=s["lr"], fused=True)
     return torch.optim.SGD(groups, lr=s["lr"], momentum=0.9, nesterov=True, fused=True)
@@ -246,7 +244,9 @@ def main(argv=None):
     steps = len(dataset) // s["batch_size"]
     if steps == 0:
         raise UserError(f"--batch-size {s['batch_size']} is larger than the data set of {len(dataset)} training images")
-    dataset.cutout = s["cutout"]
+    if s["cutout"] and isinstance(dataset, data.Streamed):
+        raise UserError(f"--cutout is for images of up to {data.RESIDENT_UP_TO} pixels: leave it out")
+    dataset.cutout, dataset.augment = s["cutout"], s["augment"] == "trivial" and not dataset.frames
     dataset.to(device)
 
     network = dict(arch=s["arch"], num_classes=len(dataset.classes), timesteps=s["timesteps"], in_channels=dataset.channels,
@@ -291,7 +291,7 @@ def main(argv=None):
         + (f", {dataset.frames} frames each by {s['bin_by']}, split {dataset.split}" if dataset.frames else "")
         + ("  (drawn shapes: a smoke test, no benchmark)" if s["dataset"].startswith("shapes") else ""))
     say(f"recipe    {s['epochs']} epochs of {steps} steps of {s['batch_size']}, {s['optimizer']}, lr {s['lr']:g}, warm-up {100 * s['warmup']:.0f} %, "
-        f"cosine to 0, weight decay {s['weight_decay']:g}, label smoothing {s['label_smoothing']:g}, mixup {s['mixup']:g}, cutout {s['cutout']}, seed {s['seed']}")
+        f"cosine to 0, weight decay {s['weight_decay']:g}, label smoothing {s['label_smoothing']:g}, mixup {s['mixup']:g}, cutout {s['cutout']}, augmentation {s['augment']}, seed {s['seed']}")
     say(f"machine   {world} x {device}, {'bfloat16' if s['amp'] else 'float32'}, writing to {out}")
     if checkpoint:
         say(f"resumed   at epoch {epoch + 1}, step {step}" + "".join(f"; --{k.replace('_', '-')} is now {v}" for k, v in changed.items()))
@@ -324,7 +324,7 @@ def main(argv=None):
         for x, y in dataset.train(s["batch_size"], s["seed"], epoch, step, rank, world):
             rate = learning_rate(epoch * steps + step, s["epochs"] * steps, s)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
+                group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             for i, (xs, ys) in enumerate(zip(x.chunk(s["accumulate"]), y.chunk(s["accumulate"]))):
                 last = i == s["accumulate"] - 1
