@@ -424,9 +424,27 @@ def gradients(path):
         plot_gradients(heading, thetas, sweeps, path)
 
 
+def parser(program, description):
+    """An argument parser whose errors are one line."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"{program}: error: {message} (--help explains the flags)\n")
+    return p
+
+
+def number(kind, low, high=math.inf, or_equal=False):
+    """A type for argparse: a finite number above low (or equal to it) and below high."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value < high or or_equal and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if or_equal else 'above'} {low}"
+                                             + (f" and below {high}" if high < math.inf else " and finite" if kind is float else ""))
+        return value
+    parse.__name__ = kind.__name__                               # argparse names it where the text is no number
+    return parse
+
+
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"eval.py: error: {message} (--help explains the flags)\n")
+    p, count = parser("eval.py", __doc__), number(int, 1, or_equal=True)
     p.add_argument("checkpoint", nargs="*", help="last.pt or best.pt of a run; several are compared in one table")
     p.add_argument("--inspect", action="store_true", help="print firing rates, potentials, operations and energy, layer by layer")
     p.add_argument("--report", metavar="FILE.md", help="write these tables into a file")
@@ -435,15 +453,12 @@ def arguments(argv=None):
     p.add_argument("--save-folded", metavar="FILE.pt", help="fold, and write the folded network: a checkpoint for eval.py")
     p.add_argument("--gradients", nargs="?", const="", metavar="FILE.png", help="print gradient norms for thresholds from 0.1 to 10, and draw them into a file if given; needs no checkpoint")
     p.add_argument("--data-dir", default="data", help="where the data sets are (default: %(default)s)")
-    p.add_argument("--images", type=int, metavar="N", help="use the first N test images only")
-    p.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: %(default)s)")
-    p.add_argument("--timesteps", type=int, metavar="T", help="time steps to run for, if other than in training")
+    p.add_argument("--images", type=count, metavar="N", help="use the first N test images only")
+    p.add_argument("--batch-size", type=count, default=256, metavar="N", help="images at a time (default: %(default)s)")
+    p.add_argument("--timesteps", type=count, metavar="T", help="time steps to run for, if other than in training")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    p.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode large images (default: %(default)s)")
+    p.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, metavar="N", help="processes that decode large images (default: %(default)s)")
     args = p.parse_args(argv)
-    for name in ("batch_size", "timesteps", "images"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
     if not args.checkpoint and args.gradients is None or len(args.checkpoint) > 1 and args.save_folded:
         p.error("--save-folded takes one checkpoint" if args.checkpoint else "no checkpoint given")
     return args

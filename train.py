@@ -29,7 +29,7 @@ import data
 import models
 import neuron
 from data import UserError
-from eval import FORMAT, evaluate, load_checkpoint, run
+from eval import FORMAT, evaluate, load_checkpoint, number, parser, run
 
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
 RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain")
@@ -37,22 +37,9 @@ SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0
 FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by")    # what a resumed run may not change
 
 
-def number(kind, low, high=math.inf, or_equal=False):
-    """A type for argparse: a finite number above low (or equal to it) and below high."""
-    def parse(text):
-        value = kind(text)
-        if not (low < value < high or or_equal and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if or_equal else 'above'} {low}"
-                                             + (f" and below {high}" if high < math.inf else " and finite"))
-        return value
-    parse.__name__ = kind.__name__                               # argparse names it where the text is no number
-    return parse
-
-
 def settings(argv=None):
     """The command line as {flag: value}, and the part of it that was really given."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"train.py: error: {message} (--help explains the flags)\n")
+    p = parser("train.py", __doc__)
     count, positive, at_least_0 = number(int, 1, or_equal=True), number(float, 0), number(float, 0, or_equal=True)
     g = p.add_argument_group("network")
     g.add_argument("--arch", choices=models.ARCHS, default="resnet19", help="(default: %(default)s)")
@@ -74,7 +61,7 @@ def settings(argv=None):
     g.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, help="processes that decode images (default: %(default)s)")
     g = p.add_argument_group("recipe ('by arch': decided by --arch and printed at the start)")
     g.add_argument("--epochs", type=count, default=100, help="(default: %(default)s)")
-    g.add_argument("--batch-size", type=count, help="images a step, over all processes together (default: 64; 16 where there are less than 5,000 training images, for the sake of enough steps)")
+    g.add_argument("--batch-size", type=count, help="images a step, over all processes together (default: 64; for the sake of enough steps 32 below 20,000 training images and 16 below 5,000)")
     g.add_argument("--accumulate", type=count, default=1, metavar="N", help="compute a step in N parts to save memory; BatchNorm and MP-Init then see the parts (default: %(default)s)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD with Nesterov momentum 0.9, or AdamW (by arch)")
     g.add_argument("--lr", type=positive, help="peak learning rate: linear warm-up to it, then a cosine to 0 (by arch)")
@@ -238,7 +225,7 @@ def main(argv=None):
         if s["limit"] > len(dataset):
             raise UserError(f"--limit {s['limit']} is more than the {len(dataset)} training images of {s['dataset']}")
         dataset.limit(s["limit"])
-    s["batch_size"] = s["batch_size"] or (64 if len(dataset) >= 5000 else 16)
+    s["batch_size"] = s["batch_size"] or (64 if len(dataset) >= 20000 else 32 if len(dataset) >= 5000 else 16)
     if s["batch_size"] % (world * s["accumulate"]):
         raise UserError(f"--batch-size {s['batch_size']} does not divide by {world} processes x --accumulate {s['accumulate']}")
     steps = len(dataset) // s["batch_size"]
