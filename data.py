@@ -202,7 +202,7 @@ class Streamed:
         mean, std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
         for x, y in image_loader(self.folders[split], transform, batches, self.workers, self.device):
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            yield ((x.float() - mean) / std).contiguous(memory_format=memory_format(self.device)), y
+            yield x.float().sub_(mean).div_(std).contiguous(memory_format=memory_format(self.device)), y
 
     def train(self, batch_size, seed, epoch, start=0, rank=0, world=1):
         order = torch.randperm(len(self), generator=draws("cpu", seed, epoch)).tolist()
@@ -244,7 +244,7 @@ class _Decoded(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, seed = key
         path, label = self.folder.samples[index]
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)                # torch.manual_seed visits every kind of device: slow
         try:
             return self.transform(self.folder.loader(path)), label
         except (OSError, ValueError, SyntaxError) as error:      # what Pillow raises for files that are no images
@@ -299,9 +299,9 @@ def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split
     return Resident(name, train, test, [str(c) for c in range(classes)], mean, std)
 
 
-def read_array(path):
+def read_array(path, mmap_mode=None):
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is no readable .npy array ({first_line(error)}): delete it to have it made again") from error
 
@@ -615,7 +615,8 @@ def make_frames(recordings, workers, **how):
             printed, part = now, len(paths) / len(chunks)
             print(f"  frames of {part * n:,.0f} of {n:,d} recordings, {part * n / (now - start):.0f}/s, "
                   f"{(now - start) * (1 / part - 1):.0f} s left", flush=True)
-    return np.concatenate([read_array(path) for path in paths])
+    parts = [read_array(path, "r") for path in paths]            # mapped, not read: copied once, straight into place
+    return np.concatenate(parts)
 
 
 def write_aedat(path, t, x, y, p):
