@@ -899,10 +899,12 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 def test_weight_decay_spares_thresholds_decays_and_batchnorm():
     model = models.build("resnet19", 10, 2, width=4)
-    optimizer = train.make_optimizer(model, {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.1})
+    optimizer = train.make_optimizer(model, {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.1, "neuron_rate": 0.5})
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     expected = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     assert decayed == expected and sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    slowed = {id(p) for group in optimizer.param_groups if group["rate"] != 1 for p in group["params"]}
+    assert slowed == {id(p) for n in neurons(model) for p in (n.raw_threshold, n.raw_decay)}
 
 
 # ---- looking inside --------------------------------------------------------------------------------------------------

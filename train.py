@@ -32,8 +32,10 @@ from data import UserError
 from eval import FORMAT, evaluate, load_checkpoint, number, parser, run
 
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
-RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain")
-SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial")
+RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain", neuron_rate=1.0)
+SEW_RECIPE = {**RESNET_RECIPE, "neuron_rate": 0.1}               # at 1.0 thresholds run away: several of them add up in a stream
+SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
+                         neuron_rate=1.0)
 FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by")    # what a resumed run may not change
 
 
@@ -65,6 +67,7 @@ def settings(argv=None):
     g.add_argument("--accumulate", type=count, default=1, metavar="N", help="compute a step in N parts to save memory; BatchNorm and MP-Init then see the parts (default: %(default)s)")
     g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD with Nesterov momentum 0.9, or AdamW (by arch)")
     g.add_argument("--lr", type=positive, help="peak learning rate: linear warm-up to it, then a cosine to 0 (by arch)")
+    g.add_argument("--neuron-rate", type=at_least_0, help="learning rate of thresholds and time constants, as a part of --lr (by arch)")
     g.add_argument("--weight-decay", type=at_least_0, help="of weights only, not of biases, BatchNorm, thresholds and time constants (by arch)")
     g.add_argument("--warmup", type=number(float, 0, 1, or_equal=True), help="the warm-up's part of the run (by arch)")
     g.add_argument("--label-smoothing", type=number(float, 0, 1, or_equal=True), help="(by arch)")
@@ -90,7 +93,8 @@ def settings(argv=None):
 
 def decide(s):
     """Fill in, in place, what depends on other settings."""
-    for name, value in (SPIKFORMER_RECIPE if s["arch"] == "spikformer" else RESNET_RECIPE).items():
+    recipe = SPIKFORMER_RECIPE if s["arch"] == "spikformer" else SEW_RECIPE if s["arch"].startswith("sew") else RESNET_RECIPE
+    for name, value in recipe.items():
         s[name] = value if s[name] is None else s[name]
     on_cuda = s["device"].startswith("cuda")
     s["amp"] = on_cuda if s["amp"] is None else s["amp"]
@@ -129,10 +133,12 @@ def lock(out):
 
 
 def make_optimizer(model, s):
-    """Weights decay; biases, BatchNorm, thresholds and time constants do not."""
+    """Weights decay; biases, BatchNorm, thresholds and time constants do not, and the last two have a rate of their own."""
     learnt = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learnt if p.dim() > 1], "weight_decay": s["weight_decay"]},
-              {"params": [p for p in learnt if p.dim() <= 1], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in learnt if p.dim() > 1], "weight_decay": s["weight_decay"], "rate": 1.0},
+              {"params": [p for p in learnt if p.dim() == 1], "weight_decay": 0.0, "rate": 1.0},
+              {"params": [p for p in learnt if p.dim() == 0], "weight_decay": 0.0, "rate": s["neuron_rate"]}]
+    groups = [group for group in groups if group["params"]]      # there is no third with --fixed-neuron
     if s["optimizer"] == "adamw":
         return torch.optim.AdamW(groups, lr=s["lr"], fused=True)
     return torch.optim.SGD(groups, lr=s["lr"], momentum=0.9, nesterov=True, fused=True)
@@ -256,7 +262,7 @@ def main(argv=None):
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{out / 'last.pt'} does not fit these settings: {data.first_line(error)}") from error
         for group, fresh in zip(optimizer.param_groups, make_optimizer(model, s).param_groups):
-            group["weight_decay"] = fresh["weight_decay"]        # a flag given anew counts
+            group.update(weight_decay=fresh["weight_decay"], rate=fresh["rate"])              # a flag given anew counts
         scaler.load_state_dict(checkpoint["scaler"])
         epoch, step, best, rows, spent = (checkpoint[k] for k in ("epoch", "step", "best", "rows", "seconds"))
         totals = checkpoint["totals"].to(device)
@@ -278,7 +284,7 @@ def main(argv=None):
         + (f", {dataset.frames} frames each by {s['bin_by']}, split {dataset.split}" if dataset.frames else "")
         + ("  (drawn shapes: a smoke test, no benchmark)" if s["dataset"].startswith("shapes") else ""))
     say(f"recipe    {s['epochs']} epochs of {steps} steps of {s['batch_size']}, {s['optimizer']}, lr {s['lr']:g}, warm-up {100 * s['warmup']:.0f} %, "
-        f"cosine to 0, weight decay {s['weight_decay']:g}, label smoothing {s['label_smoothing']:g}, mixup {s['mixup']:g}, cutout {s['cutout']}, augmentation {s['augment']}, seed {s['seed']}")
+        f"cosine to 0, {s['neuron_rate']:g} of it for the neurons, weight decay {s['weight_decay']:g}, label smoothing {s['label_smoothing']:g}, mixup {s['mixup']:g}, cutout {s['cutout']}, augmentation {s['augment']}, seed {s['seed']}")
     say(f"machine   {world} x {device}, {'bfloat16' if s['amp'] else 'float32'}, writing to {out}")
     if checkpoint:
         say(f"resumed   at epoch {epoch + 1}, step {step}" + "".join(f"; --{k.replace('_', '-')} is now {v}" for k, v in changed.items()))
@@ -311,7 +317,7 @@ def main(argv=None):
         for x, y in dataset.train(s["batch_size"], s["seed"], epoch, step, rank, world):
             rate = learning_rate(epoch * steps + step, s["epochs"] * steps, s)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate"]
             optimizer.zero_grad(set_to_none=True)
             for i, (xs, ys) in enumerate(zip(x.chunk(s["accumulate"]), y.chunk(s["accumulate"]))):
                 last = i == s["accumulate"] - 1
