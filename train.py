@@ -33,7 +33,7 @@ from eval import FORMAT, evaluate, load_checkpoint, number, parser, run
 
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
 RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain", neuron_rate=1.0)
-SEW_RECIPE = {**RESNET_RECIPE, "neuron_rate": 0.1}               # at 1.0 thresholds run away: several of them add up in a stream
+SEW_RECIPE = {**RESNET_RECIPE, "neuron_rate": 0.1}               # at 1.0 a narrow sew_resnet18 diverged
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
                          neuron_rate=1.0)
 FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by")    # what a resumed run may not change
