@@ -1233,6 +1233,8 @@ for step in range(5):
     optimizer.step()
 if rank == 0:
     torch.save(model.state_dict(), sys.argv[1])
+if world > 1:
+    dist.destroy_process_group()                  # else its threads may still run when the program ends
 '''
 
 
