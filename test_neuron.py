@@ -1234,7 +1234,9 @@ for step in range(5):
 if rank == 0:
     torch.save(model.state_dict(), sys.argv[1])
 if world > 1:
-    dist.destroy_process_group()                  # else its threads may still run when the program ends
+    dist.barrier()
+    del trained                                   # its threads must have ended before the program does
+    dist.destroy_process_group()
 '''
 
 

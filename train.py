@@ -376,6 +376,8 @@ def main(argv=None):
     say(f"done: {s['arch']} on {s['dataset']}, T = {s['timesteps']}: test accuracy {100 * float(rows[-1]['test_acc_t' + str(s['timesteps'])]):.2f} %, best {100 * best:.2f} %, "
         f"{duration(spent + time.perf_counter() - start)}, {out}")
     if world > 1:
+        dist.barrier()
+        del trained                                              # its threads must have ended before the program does
         dist.destroy_process_group()
 
 
