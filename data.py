@@ -87,12 +87,19 @@ def trivial_augment(x, batch_size, rank, world, key):
     of random strength for each sixteenth of the (shuffled) whole batch, since an image at a time would keep a GPU waiting."""
     group = (rank + world * np.arange(len(x))) * 16 // batch_size
     parts = x.permute(0, 3, 1, 2).split(np.bincount(group, minlength=16).tolist())
+    augment = v2.TrivialAugmentWide()
     with torch.random.fork_rng(devices=[]):                      # torchvision draws from the CPU's global generator
         for g, part in enumerate(parts):
             if len(part):
-                torch.default_generator.manual_seed(zlib.crc32(repr((*key, g)).encode()))
-                part.copy_(v2.TrivialAugmentWide()(part))
+                torch.set_rng_state(draws("cpu", *key, g).get_state())
+                part.copy_(augment(part))
     return x
+
+
+def first_classes(dataset, n):
+    if n > len(dataset.classes):
+        raise UserError(f"--classes {n} is more than the {len(dataset.classes)} classes of {dataset.name}")
+    return dataset.classes[:n]
 
 
 class Resident:
@@ -124,6 +131,11 @@ class Resident:
         images, labels = self.sets["train"]
         keep = torch.randperm(len(labels), generator=draws("cpu", 0))[:n]
         self.sets["train"] = images[keep], labels[keep]
+
+    def keep_classes(self, n):
+        """Keep the images, training and test, of the first n classes: a smaller task."""
+        self.classes = first_classes(self, n)
+        self.sets = {split: (images[labels < n], labels[labels < n]) for split, (images, labels) in self.sets.items()}
 
     def to(self, device):
         self.sets = {split: (images.to(device), labels.to(device)) for split, (images, labels) in self.sets.items()}
@@ -188,6 +200,12 @@ class Streamed:
 
     def limit(self, n):
         self.indices = torch.randperm(len(self), generator=draws("cpu", 0))[:n].tolist()
+
+    def keep_classes(self, n):
+        self.classes = first_classes(self, n)
+        for folder in self.folders.values():
+            folder.samples = [(path, label) for path, label in folder.samples if label < n]
+        self.indices = list(range(len(self.folders["train"])))
 
     def to(self, device):
         self.device = torch.device(device)
@@ -479,10 +497,7 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
     by "count": N // frames events in file order each, the rest in the last. by "time": (last - first time) // frames
     microseconds each, at least 1, the rest in the last; a slice may be empty. ValueError for what lies outside.
     """
-    n = len(t)
-    if by not in ("count", "time") or frames < 1:
-        raise ValueError(f"by must be 'count' or 'time' and frames at least 1, not {by!r} and {frames}")
-    if n and not all(0 <= v.min() and v.max() < end for v, end in ((x, width), (y, height), (p, 2))):
+    if len(t) and not all(0 <= v.min() and v.max() < end for v, end in ((x, width), (y, height), (p, 2))):
         raise ValueError(f"events outside of 2 x {height} x {width}")
     place = (p.astype(np.intp) * height + y) * width + x
     return count_slices(t, place, frames, 2 * height * width, by).reshape(frames, 2, height, width)
@@ -490,6 +505,8 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
 
 def count_slices(t, place, frames, places, by):
     """How many events each place 0 ... places - 1 has in each slice (see bin_events), uint16 [frames, places]."""
+    if by not in ("count", "time") or frames < 1:
+        raise ValueError(f"by must be 'count' or 'time' and frames at least 1, not {by!r} and {frames}")
     edges = len(place) // frames * np.arange(frames + 1)
     if by == "time" and len(place):
         if (t[1:] < t[:-1]).any():

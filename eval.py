@@ -92,6 +92,8 @@ def test_data(checkpoint, data_dir, workers, timesteps=None):
     described = checkpoint["data"]
     dataset = data.load(described["name"], data_dir, described["image_size"], workers, timesteps or checkpoint["network"]["timesteps"],
                         described.get("dvs_split"), described.get("bin_by"))
+    if described.get("classes"):
+        dataset.keep_classes(described["classes"])
     if len(dataset.classes) != checkpoint["network"]["num_classes"]:
         raise UserError(f"{described['name']} in {data_dir} has {len(dataset.classes)} classes, the checkpoint's network "
                         f"{checkpoint['network']['num_classes']}")

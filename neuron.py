@@ -39,9 +39,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # Run the time loop as one fused kernel (torch.compile) where that pays: on a GPU, and on a CPU from this many input
-# elements on, since compiling takes some ten seconds. False: always operation by operation, the same numbers.
+# elements on. (Fused is faster at any size, but compiling takes some ten seconds: a few hundred such calls repay it.)
+# False: always operation by operation, the same numbers.
 COMPILE = True
-CPU_COMPILE_FROM = 2 ** 19
+CPU_COMPILE_FROM = 2 ** 16
 
 
 def lif(x, v_init, threshold, decay, surrogate="trsg"):

@@ -36,7 +36,7 @@ RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, la
 SEW_RECIPE = {**RESNET_RECIPE, "neuron_rate": 0.1}               # at 1.0 a narrow sew_resnet18 diverged
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
                          neuron_rate=1.0)
-FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by")    # what a resumed run may not change
+FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by", "classes")    # what a resumed run may not change
 
 
 def settings(argv=None):
@@ -58,6 +58,7 @@ def settings(argv=None):
     g.add_argument("--image-size", type=count, help=f"side of the images of 'folder' (default: 32; above {data.RESIDENT_UP_TO} they are streamed) and 'imagenet' (default: 224)")
     g.add_argument("--dvs-split", choices=("first100", "random"), default="first100", help="test set of cifar10-dvs: the recordings 0-99 of each class, or a tenth of each drawn at random (default: %(default)s)")
     g.add_argument("--bin-by", choices=("count", "time"), default="count", help="cut recordings of events into frames of equal count or of equal duration (default: %(default)s)")
+    g.add_argument("--classes", type=number(int, 2, or_equal=True), metavar="N", help="use the first N classes only, a smaller task (default: all)")
     g.add_argument("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
     g.add_argument("--cutout", type=number(int, 0, or_equal=True), default=0, metavar="PIXELS", help="side of a square blanked in each training image (default: none)")
     g.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, help="processes that decode images (default: %(default)s)")
@@ -107,8 +108,8 @@ def open_run(s, given):
         out = pathlib.Path(s["out"] if s["resume"] == "auto" else s["resume"])
         checkpoint = load_checkpoint(out / "last.pt")
         for name in FIXED:
-            if name in given and given[name] != checkpoint["settings"][name]:
-                raise UserError(f"the run in {out} has --{name.replace('_', '-')} {checkpoint['settings'][name]}, not {given[name]}: "
+            if name in given and given[name] != checkpoint["settings"].get(name):
+                raise UserError(f"the run in {out} has --{name.replace('_', '-')} {checkpoint['settings'].get(name)}, not {given[name]}: "
                                 "leave the flag out, or start a new run")
         changed = {k: v for k, v in given.items() if checkpoint["settings"].get(k) != v and k not in ("out", "resume")}
         return out, checkpoint, {**s, **checkpoint["settings"], "device": s["device"], **given}, changed
@@ -227,6 +228,8 @@ def main(argv=None):
     dataset = data.load(s["dataset"], s["data_dir"], s["image_size"], s["workers"], s["timesteps"], s["dvs_split"], s["bin_by"])
     if world > 1 and rank == 0:
         dist.barrier()
+    if s["classes"]:
+        dataset.keep_classes(s["classes"])
     if s["limit"]:
         if s["limit"] > len(dataset):
             raise UserError(f"--limit {s['limit']} is more than the {len(dataset)} training images of {s['dataset']}")
@@ -293,7 +296,7 @@ def main(argv=None):
         state = dict(format=FORMAT, network=network, model=model.state_dict(), settings=s, epoch=epoch, step=step, best=best,
                      rows=rows, seconds=spent + time.perf_counter() - start, totals=totals, optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict(), data=dict(name=s["dataset"], mean=dataset.mean, std=dataset.std, image_size=s["image_size"],
-                               dvs_split=s["dvs_split"], bin_by=s["bin_by"]))
+                               dvs_split=s["dvs_split"], bin_by=s["bin_by"], classes=s["classes"]))
         data.write_atomically(out / name, lambda file: torch.save(state, file))
 
     def time_left():
