@@ -201,26 +201,18 @@ class TrLIF(nn.Module):
                 f"mp_init={self.mp_init!r}, surrogate={self.surrogate!r}")
 
 
-def _benchmark(timesteps=4, steps=20):
+def _benchmark(timesteps=4):
     """Print forward + backward time of one layer, plain and fused, beside the time its memory traffic takes."""
-    import statistics
-    import time
+    from torch.utils.benchmark import Timer                      # warms up, and waits for the GPU
     global COMPILE
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {dtype}, T = {timesteps}; milliseconds, median of {steps}")
+    dtype, threads = torch.bfloat16 if device == "cuda" else torch.float32, torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
+    print(f"{name}, torch {torch.__version__}, {dtype}, T = {timesteps}; milliseconds, medians of a second each")
     print("neurons     plain loop     fused     floor (5 passes)     fused / floor     plain / fused")
 
     def time_of(function):
-        laps = []
-        for _ in range(steps + 3):
-            start = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            laps.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(laps[3:])
+        return 1e3 * Timer("f()", globals={"f": function}, num_threads=threads).blocked_autorange(min_run_time=1).median
 
     for neurons in (2 ** 18, 2 ** 21, 2 ** 24 if device == "cuda" else 2 ** 22):
         x = torch.randn(timesteps, neurons, device=device, dtype=dtype, requires_grad=True)

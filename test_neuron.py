@@ -501,6 +501,15 @@ def test_a_folder_of_images_of_every_mode(tmp_path, size):
     assert (labels >= 0).sum() == 24 and labels.sum() + (labels < 0).sum() == 12
 
 
+@pytest.mark.parametrize("size", [24, 112])
+def test_the_first_classes_alone(tmp_path, size):
+    dataset = data.load("folder", image_tree(tmp_path), image_size=size, workers=0).to("cpu")
+    dataset.keep_classes(1)
+    assert dataset.classes == ["cats"] and len(dataset) == 12
+    seen = [y for part in (dataset.train(4, 0, 0), dataset.test(5)) for _, y in part]
+    assert len(seen) == 6 and sum((y == 0).sum() for y in seen) == 24 and not any((y > 0).any() for y in seen)
+
+
 def test_labels_belong_to_their_images_in_a_folder(tmp_path):
     dataset = data.load("folder", image_tree(tmp_path), image_size=24, workers=0).to("cpu")
     x, y = next(iter(dataset.train(24, 0, 0)))
@@ -872,6 +881,14 @@ def test_evaluation_agrees_with_the_log_and_with_a_plain_count(trained):
     rank = (logits.mean(0) > logits.mean(0).gather(1, y[:, None])).sum(1)
     assert result["top5"] == pytest.approx((rank < 5).double().mean().item())
     assert "t=5:" in python("eval.py", trained / "last.pt", "--timesteps", 5)
+
+
+def test_a_part_of_the_classes_is_trained_and_evaluated(tmp_path):
+    python("train.py", *SMALL, "--classes", 3, "--limit", 64, "--batch-size", 32, "--epochs", 1, "--out", tmp_path / "run")
+    assert weights(tmp_path / "run/last.pt")["head.weight"].shape[0] == 3
+    last = (tmp_path / "run/log.csv").read_text().splitlines()[-1].split(",")
+    printed = python("eval.py", tmp_path / "run/last.pt")
+    assert f"top-1 {100 * float(last[5]):.2f} %" in printed and "of 300 images" in printed
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(trained, tmp_path):
@@ -1340,7 +1357,7 @@ def fails(capsys, program, arguments, expected):
 @pytest.mark.parametrize("flags, expected", [
     ("--arch alexnet", "alexnet"), ("--dataset mnist", "mnist"), ("--timesteps 0", "at least 1"), ("--timesteps -3", "at least 1"),
     ("--timesteps two", "two"), ("--width 0", "at least 1"), ("--width 1.5", "1.5"), ("--limit 0", "at least 1"),
-    ("--limit 100000", "more than the 64"), ("--epochs 0", "at least 1"), ("--batch-size 0", "at least 1"),
+    ("--classes 1", "at least 2"), ("--classes 11", "more than the 10 classes of"), ("--limit 100000", "more than the 64"), ("--epochs 0", "at least 1"), ("--batch-size 0", "at least 1"),
     ("--batch-size 128", "larger than the data set"), ("--lr 0", "above 0"), ("--lr nan", "above 0"), ("--lr inf", "finite"),
     ("--lr fast", "fast"), ("--weight-decay -1", "at least 0"), ("--warmup 1", "below 1"), ("--warmup -0.1", "at least 0"),
     ("--label-smoothing 1", "below 1"), ("--mixup -1", "at least 0"), ("--threshold 0", "above 0"), ("--threshold -1", "above 0"),
@@ -1443,7 +1460,8 @@ def test_bad_checkpoints(capsys, trained, tmp_path):
 
 @pytest.mark.parametrize("flags, expected", [
     ("--arch resnet18", "--arch resnet19, not resnet18"), ("--dataset cifar100", "--dataset shapes, not cifar100"),
-    ("--timesteps 4", "--timesteps 2, not 4"), ("--width 8", "--width 4, not 8")])
+    ("--timesteps 4", "--timesteps 2, not 4"), ("--width 8", "--width 4, not 8"),
+    ("--classes 5", "--classes None, not 5")])
 def test_a_resumed_run_must_keep_its_network_and_data(capsys, trained, flags, expected):
     before = (trained / "last.pt").read_bytes()
     fails(capsys, "train.py", ["--resume", trained, *flags.split()], expected)
