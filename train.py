@@ -186,6 +186,15 @@ def first_bad_layer(model, x):
     return found[0] if found else "none: the loss itself overflows"
 
 
+def write_log(path, rows):
+    """Write rows, dicts of the same keys, as a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    data.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
 def duration(seconds):
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
 
@@ -368,11 +377,7 @@ def main(argv=None):
         best = max(best, test["top1"])
         totals.zero_()
         if rank == 0:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-            data.write_atomically(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+            write_log(out / "log.csv", rows)
             if better:
                 save("best.pt")
             save("last.pt")
