@@ -1300,7 +1300,7 @@ def tiny(tmp_path):
 INTERRUPTED = '''
 import os, random, signal, sys, time, train
 from eval import run
-number, times, flags = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+number, times, seconds, flags = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
 random.seed(0)
 sent = 0
 while True:
@@ -1309,7 +1309,7 @@ while True:
         run(lambda: train.main(flags), "train.py")
         os._exit(0)
     if sent < times:
-        time.sleep(random.uniform(0.05, 0.8))
+        time.sleep(0.05 + random.uniform(0, 1.2) * seconds / times)     # 0.6 of the run is over when all are sent
         os.kill(child, number)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == 0:
@@ -1323,12 +1323,13 @@ print("signals", sent)
 
 @pytest.mark.parametrize("number, times", [(9, 20), (15, 8)])
 def test_killed_or_terminated_runs_continue_bit_for_bit(tiny, tmp_path, number, times):
-    # A checkpoint every 30 ms: kills fall into writing too. Epochs for three times as many.
-    flags = tiny() + ["--save-every", "0.0005", "--epochs", str(3 * times)]
+    # A checkpoint every 30 ms: kills fall into writing too.
+    flags = tiny() + ["--save-every", "0.0005", "--epochs", str(times)]
     python("train.py", *flags, "--out", tmp_path / "whole")
+    seconds = (tmp_path / "whole/log.csv").read_text().splitlines()[-1].split(",")[-1]
     program = tmp_path / "program.py"
     program.write_text(INTERRUPTED)
-    printed = python(program, number, times, *flags, "--out", tmp_path / "parts", "--resume", "auto", PYTHONPATH=str(HERE))
+    printed = python(program, number, times, seconds, *flags, "--out", tmp_path / "parts", "--resume", "auto", PYTHONPATH=str(HERE))
     assert int(printed.split()[-1]) == times
     assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "parts/last.pt"))
     cut = lambda name: [line.split(",")[:6] for line in (tmp_path / name / "log.csv").read_text().splitlines()]
