@@ -1358,7 +1358,8 @@ def fails(capsys, program, arguments, expected):
 @pytest.mark.parametrize("flags, expected", [
     ("--arch alexnet", "alexnet"), ("--dataset mnist", "mnist"), ("--timesteps 0", "at least 1"), ("--timesteps -3", "at least 1"),
     ("--timesteps two", "two"), ("--width 0", "at least 1"), ("--width 1.5", "1.5"), ("--limit 0", "at least 1"),
-    ("--classes 1", "at least 2"), ("--classes 11", "more than the 10 classes of"), ("--limit 100000", "more than the 64"), ("--epochs 0", "at least 1"), ("--batch-size 0", "at least 1"),
+    ("--classes 1", "at least 2"), ("--classes 11", "more than the 10 classes of"), ("--limit 100000", "more than the 64"),
+    ("--epochs 0", "at least 1"), ("--batch-size 0", "at least 1"),
     ("--batch-size 128", "larger than the data set"), ("--lr 0", "above 0"), ("--lr nan", "above 0"), ("--lr inf", "finite"),
     ("--lr fast", "fast"), ("--weight-decay -1", "at least 0"), ("--warmup 1", "below 1"), ("--warmup -0.1", "at least 0"),
     ("--label-smoothing 1", "below 1"), ("--mixup -1", "at least 0"), ("--threshold 0", "above 0"), ("--threshold -1", "above 0"),

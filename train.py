@@ -32,8 +32,8 @@ from data import UserError
 from eval import FORMAT, evaluate, load_checkpoint, number, parser, run
 
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
-# A threshold gathers the gradients of a whole layer: at the full rate of the weights, narrow networks lost theirs (theta of
-# 0.001 or 10^5, nothing learnt), so it learns at a tenth of it. AdamW's steps are all of one size.
+# A threshold gathers the gradients of a whole layer: at the full rate of the weights narrow networks stayed at
+# chance or diverged, so it learns at a tenth of it. AdamW's steps are all of one size.
 RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain", neuron_rate=0.1)
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
                          neuron_rate=1.0)
