@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data
 import models
 from data import UserError, first_line
-from neuron import TrLIF, lif
+from neuron import TrLIF
 
 FORMAT = "MP-Init + TrSG checkpoint 1"
 PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9                                 # energy of a 32-bit multiply-accumulate, accumulate: 45 nm CMOS
@@ -203,18 +203,18 @@ def potentials(model, batches, T, steps, v_init=None):
     model.timesteps = steps
 
     def at_neurons(histogram):
-        def hook(layer, inputs):                                 # the neuron itself, one step at a time
-            v, theta = layer.v_init, layer.threshold
-            scale = BINS_PER_THRESHOLD / theta
-            for t, x in enumerate(inputs[0].split(1)):
-                _, v, _ = lif(x, v, theta, layer.decay, layer.surrogate)
+        def hook(layer, inputs, spikes):                         # knowing when a neuron fired, its potential is two operations a step
+            v, theta, k = layer.v_init, layer.threshold, layer.decay
+            taken = spikes if layer.surrogate == "trsg" else theta * spikes
+            for t, (x, o) in enumerate(zip(inputs[0], taken)):
+                v = torch.lerp(v, x, k).sub_(o)                  # v[t] = v[t-1] + k (x[t] - v[t-1]) - theta s[t]
                 if t < T or t >= steps - T:                      # beyond the range: in the last bin
-                    bins = (v * scale).add_(BINS / 2).clamp_(0, BINS - 1).int()
+                    bins = (v * (BINS_PER_THRESHOLD / theta)).add_(BINS / 2).clamp_(0, BINS - 1).int()
                     histogram[min(t, T)] += torch.bincount(bins.flatten(), minlength=BINS)
         return hook
     for name, layer in neurons_of(model).items():
         histograms[name] = torch.zeros(T + 1, BINS, dtype=torch.long, device=layer.v_init.device)
-        layer.register_forward_pre_hook(at_neurons(histograms[name]))
+        layer.register_forward_hook(at_neurons(histograms[name]))
         if v_init is not None:
             layer.v_init.fill_(v_init)
     shown = ((x if x.dim() == 4 else x[:, torch.arange(steps) % T], y) for x, y in batches)
