@@ -39,10 +39,21 @@ def python(*arguments, cwd=HERE, code=0, **environment):
     return done.stdout if code == 0 else done.stderr
 
 
+def printed(capsys, program, *arguments):
+    """What train or evaluation (the modules) print when called in this process, which saves importing everything anew."""
+    capsys.readouterr()
+    program.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    """Nothing is compiled where a test does not ask for it."""
+    """Nothing is compiled where a test does not ask for it; a training run called in this process leaves no signal handlers."""
     monkeypatch.setattr(neuron, "COMPILE", False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -525,7 +536,7 @@ def test_a_folder_of_photographs_trains_at_224(tmp_path):
             coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
             coarse.resize((500, 375), Image.BICUBIC).save(tmp_path / "tree" / split / name / f"{i}.jpg", quality=90)
     said = python("train.py", "--dataset", "folder", "--data-dir", tmp_path / "tree", "--image-size", 224, "--arch", "sew_resnet18",
-                  "--timesteps", 2, "--epochs", 1, "--batch-size", 4, "--augment", "trivial", "--out", tmp_path / "run")
+                  "--timesteps", 2, "--epochs", 1, "--batch-size", 4, "--augment", "trivial", "--no-compile", "--out", tmp_path / "run")
     assert "4 training images of 224x224" in said and "1 epochs of 1 steps" in said and "done: sew_resnet18" in said
     weights = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]
     assert all(v.isfinite().all() for v in weights.values()) and weights["lif.v_init"] != 0
@@ -855,20 +866,18 @@ def test_training_writes_log_and_checkpoints(trained):
 def test_a_checkpoint_evaluates_to_the_same_logits_in_another_process(trained, tmp_path):
     code = ("import sys, torch, eval, data; m = eval.build_network(eval.load_checkpoint(sys.argv[1]));"
             "x, y = next(iter(data.load('shapes').to('cpu').test(64))); torch.save(m(x).detach(), sys.argv[2])")
-    for name in ("a.pt", "b.pt"):
-        python("-c", code, trained / "last.pt", tmp_path / name)
+    python("-c", code, trained / "last.pt", tmp_path / "logits.pt", TORCHDYNAMO_DISABLE="1")
     model = evaluation.build_network(evaluation.load_checkpoint(trained / "last.pt"))
     x, _ = next(iter(data.load("shapes").to("cpu").test(64)))
-    a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
-    assert torch.equal(a, b) and torch.equal(a, model(x).detach())
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), model(x).detach())
     assert sum(n.endswith("v_init") for n in weights(trained / "last.pt")) == 17
     assert any(v != 0 for n, v in weights(trained / "last.pt").items() if n.endswith("v_init"))
 
 
-def test_evaluation_agrees_with_the_log_and_with_a_plain_count(trained):
+def test_evaluation_agrees_with_the_log_and_with_a_plain_count(capsys, trained):
     last = (trained / "log.csv").read_text().splitlines()[-1].split(",")
-    printed = python("eval.py", trained / "last.pt")
-    assert f"top-1 {100 * float(last[5]):.2f} %" in printed and f"t=1: {100 * float(last[4]):.2f} %" in printed
+    said = printed(capsys, evaluation, trained / "last.pt")
+    assert f"top-1 {100 * float(last[5]):.2f} %" in said and f"t=1: {100 * float(last[4]):.2f} %" in said
     model = evaluation.build_network(evaluation.load_checkpoint(trained / "last.pt"))
     dataset = data.load("shapes").to("cpu")
     with torch.no_grad():
@@ -880,21 +889,21 @@ def test_evaluation_agrees_with_the_log_and_with_a_plain_count(trained):
     assert result["top1_at"][0] == pytest.approx((logits[0].argmax(1) == y).double().mean().item())
     rank = (logits.mean(0) > logits.mean(0).gather(1, y[:, None])).sum(1)
     assert result["top5"] == pytest.approx((rank < 5).double().mean().item())
-    assert "t=5:" in python("eval.py", trained / "last.pt", "--timesteps", 5)
+    assert "t=5:" in printed(capsys, evaluation, trained / "last.pt", "--timesteps", 5)
 
 
-def test_a_part_of_the_classes_is_trained_and_evaluated(tmp_path):
-    python("train.py", *SMALL, "--classes", 3, "--limit", 64, "--batch-size", 32, "--epochs", 1, "--out", tmp_path / "run")
+def test_a_part_of_the_classes_is_trained_and_evaluated(capsys, tmp_path):
+    printed(capsys, train, *SMALL, "--classes", 3, "--limit", 64, "--batch-size", 32, "--epochs", 1, "--out", tmp_path / "run")
     assert weights(tmp_path / "run/last.pt")["head.weight"].shape[0] == 3
     last = (tmp_path / "run/log.csv").read_text().splitlines()[-1].split(",")
-    printed = python("eval.py", tmp_path / "run/last.pt")
-    assert f"top-1 {100 * float(last[5]):.2f} %" in printed and "of 300 images" in printed
+    said = printed(capsys, evaluation, tmp_path / "run/last.pt")
+    assert f"top-1 {100 * float(last[5]):.2f} %" in said and "of 300 images" in said
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(trained, tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_does_not(capsys, trained, tmp_path):
     same_flags = [*SMALL, "--limit", 160, "--batch-size", 32, "--epochs", 2]
-    python("train.py", *same_flags, "--out", tmp_path / "a")
-    python("train.py", *same_flags, "--seed", 1, "--out", tmp_path / "b")
+    printed(capsys, train, *same_flags, "--out", tmp_path / "a")           # in this process; `trained` had one of its own
+    printed(capsys, train, *same_flags, "--seed", 1, "--out", tmp_path / "b")
     assert same(weights(trained / "last.pt"), weights(tmp_path / "a/last.pt"))
     assert not same(weights(trained / "last.pt"), weights(tmp_path / "b/last.pt"))
     cut = lambda path: [line.split(",")[:6] for line in (path / "log.csv").read_text().splitlines()]
@@ -1163,16 +1172,10 @@ def test_event_sequences_are_repeated():
     assert result["top1_at"][:2] == alone["top1_at"] and laws["lif"].shape == (3, evaluation.BINS)
 
 
-def printed(capsys, *args):
-    """What eval.py prints when called with args in this process."""
-    evaluation.main([str(arg) for arg in args])
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("arch", ["resnet19", "spikformer"])
 def test_saved_folded_network_predicts_the_same(tmp_path, capsys, arch):
     path = checkpoint_file(tmp_path / "a.pt", arch)
-    out = printed(capsys, path, "--save-folded", tmp_path / "f.pt", "--images", 64)
+    out = printed(capsys, evaluation, path, "--save-folded", tmp_path / "f.pt", "--images", 64)
     assert "same prediction on 100.00 % of 64 images" in out
     original, folded = (evaluation.build_network(evaluation.load_checkpoint(tmp_path / name)) for name in ("a.pt", "f.pt"))
     x = torch.randn(32, 3, 32, 32)
@@ -1181,16 +1184,15 @@ def test_saved_folded_network_predicts_the_same(tmp_path, capsys, arch):
     with pytest.raises(data.UserError, match="folded already"):
         evaluation.main([str(tmp_path / "f.pt"), "--fold", "--images", "64"])
     if arch == "resnet19":                                               # and in a process that knows nothing but the file
-        again = subprocess.run([sys.executable, evaluation.__file__, "f.pt", "--images", "64", "--batch-size", "16", "--device", "cpu"],
-                               capture_output=True, text=True, cwd=tmp_path)
-        read_out = [[line for line in text.splitlines() if line.startswith("read out")] for text in (out, again.stdout)]
-        assert again.returncode == 0 and read_out[0] == read_out[1] and "folded" in again.stdout, again.stderr
+        again = python(evaluation.__file__, "f.pt", "--images", 64, "--batch-size", 16, "--device", "cpu", cwd=tmp_path, TORCHDYNAMO_DISABLE="1")
+        read_out = [[line for line in text.splitlines() if line.startswith("read out")] for text in (out, again)]
+        assert read_out[0] == read_out[1] and "folded" in again
 
 
 def test_report_comparison_and_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     a, b = checkpoint_file(tmp_path / "a.pt"), checkpoint_file(tmp_path / "b.pt", "sew_resnet18")
-    out = printed(capsys, a, b, "--images", 20, "--batch-size", 16, "--report", tmp_path / "r.md", "--plot", tmp_path / "p.png")
+    out = printed(capsys, evaluation, a, b, "--images", 20, "--batch-size", 16, "--report", tmp_path / "r.md", "--plot", tmp_path / "p.png")
     text = (tmp_path / "r.md").read_text()
     assert text.startswith("# Comparison") and text.count("## Temporal covariate shift") == 2 and "nan" not in text
     assert "blocks.7.lif2" in text and "4.6 pJ" in text and "sew_resnet18" in out
@@ -1272,11 +1274,11 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path, arch):
         torch.testing.assert_close(one[name], two[name], rtol=1e-8, atol=1e-8, msg=name)
 
 
-def test_two_processes_train_as_one_and_count_every_test_image_once(tiny, tmp_path):
+def test_two_processes_train_as_one_and_count_every_test_image_once(capsys, tiny, tmp_path):
     flags = tiny(17) + ["--epochs", "2"]                         # 17 test images do not divide by two processes
     torchrun(2, "train.py", *flags, "--out", tmp_path / "two")
     row = (tmp_path / "two/log.csv").read_text().splitlines()[-1].split(",")
-    counted = python("eval.py", tmp_path / "two/last.pt", "--data-dir", flags[flags.index("--data-dir") + 1], "--batch-size", 5)
+    counted = printed(capsys, evaluation, tmp_path / "two/last.pt", "--data-dir", flags[flags.index("--data-dir") + 1], "--batch-size", 5)
     assert "of 17 images" in counted
     assert float(counted.split("top-1 ")[1].split()[0]) == pytest.approx(100 * float(row[5]), abs=0.006)
 
@@ -1336,11 +1338,11 @@ def test_killed_or_terminated_runs_continue_bit_for_bit(tiny, tmp_path, number, 
     assert cut("whole") == cut("parts")
 
 
-def test_a_resumed_run_takes_new_recipe_flags_and_says_so(tiny, tmp_path):
+def test_a_resumed_run_takes_new_recipe_flags_and_says_so(capsys, tiny, tmp_path):
     flags = tiny()
-    python("train.py", *flags, "--epochs", 1, "--out", tmp_path / "run")
-    printed = python("train.py", "--resume", tmp_path / "run", "--epochs", 2, "--lr", 0.01)
-    assert "--epochs is now 2" in printed and "--lr is now 0.01" in printed and "resumed   at epoch 2" in printed
+    printed(capsys, train, *flags, "--epochs", 1, "--out", tmp_path / "run")
+    said = printed(capsys, train, "--resume", tmp_path / "run", "--epochs", 2, "--lr", 0.01)
+    assert "--epochs is now 2" in said and "--lr is now 0.01" in said and "resumed   at epoch 2" in said
     assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 3
 
 
@@ -1477,9 +1479,9 @@ def test_two_runs_do_not_write_into_one_folder(capsys, tiny, tmp_path):
     held.close()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path):
+def test_a_full_disk_leaves_the_previous_checkpoint(capsys, tiny, tmp_path):
     flags = tiny()
-    python("train.py", *flags, "--epochs", 1, "--out", tmp_path / "run")
+    printed(capsys, train, *flags, "--epochs", 1, "--out", tmp_path / "run")
     before = (tmp_path / "run/last.pt").read_bytes()
     code = ("import resource, sys, train, eval; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
             "eval.run(lambda: train.main(sys.argv[1:]), 'train.py')")
@@ -1493,7 +1495,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path):
 def test_divergence_is_reported_and_the_last_good_state_kept(capsys, tiny, tmp_path):
     flags = tiny()
     fails(capsys, "train.py", [*flags, "--lr", "1e30", "--warmup", 0, "--out", tmp_path / "fast"], "NaN or infinite in epoch")
-    python("train.py", *flags, "--epochs", 1, "--out", tmp_path / "run")
+    printed(capsys, train, *flags, "--epochs", 1, "--out", tmp_path / "run")
     checkpoint = torch.load(tmp_path / "run/last.pt", weights_only=True)
     checkpoint["model"]["blocks.3.conv2.weight"][0, 0, 0, 0] = float("inf")
     torch.save(checkpoint, tmp_path / "run/last.pt")
