@@ -205,11 +205,11 @@ def potentials(model, batches, T, steps, v_init=None):
     def at_neurons(histogram):
         def hook(layer, inputs, spikes):                         # knowing when a neuron fired, its potential is two operations a step
             v, theta, k = layer.v_init, layer.threshold, layer.decay
-            taken = spikes if layer.surrogate == "trsg" else theta * spikes
+            scale, taken = BINS_PER_THRESHOLD / theta, spikes if layer.surrogate == "trsg" else theta * spikes
             for t, (x, o) in enumerate(zip(inputs[0], taken)):
                 v = torch.lerp(v, x, k).sub_(o)                  # v[t] = v[t-1] + k (x[t] - v[t-1]) - theta s[t]
                 if t < T or t >= steps - T:                      # beyond the range: in the last bin
-                    bins = (v * (BINS_PER_THRESHOLD / theta)).add_(BINS / 2).clamp_(0, BINS - 1).int()
+                    bins = (v * scale).add_(BINS / 2).clamp_(0, BINS - 1).int()
                     histogram[min(t, T)] += torch.bincount(bins.flatten(), minlength=BINS)
         return hook
     for name, layer in neurons_of(model).items():

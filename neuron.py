@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # Run the time loop as one fused kernel (torch.compile) where that pays: on a GPU, and on a CPU from this many input
-# elements on. (Fused was faster at every size measured, but compiling takes some ten seconds: a few hundred such calls repay it.)
+# elements on. (Fused was faster at every size tried; compiling takes some ten seconds, a few hundred such calls repay it.)
 # False: always operation by operation, the same numbers.
 COMPILE = True
 CPU_COMPILE_FROM = 2 ** 16

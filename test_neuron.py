@@ -536,7 +536,7 @@ def test_a_folder_of_photographs_trains_at_224(tmp_path):
             coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
             coarse.resize((500, 375), Image.BICUBIC).save(tmp_path / "tree" / split / name / f"{i}.jpg", quality=90)
     said = python("train.py", "--dataset", "folder", "--data-dir", tmp_path / "tree", "--image-size", 224, "--arch", "sew_resnet18",
-                  "--timesteps", 2, "--epochs", 1, "--batch-size", 4, "--augment", "trivial", "--no-compile", "--out", tmp_path / "run")
+                  "--timesteps", 2, "--epochs", 1, "--batch-size", 4, "--augment", "trivial", "--out", tmp_path / "run")
     assert "4 training images of 224x224" in said and "1 epochs of 1 steps" in said and "done: sew_resnet18" in said
     weights = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]
     assert all(v.isfinite().all() for v in weights.values()) and weights["lif.v_init"] != 0
@@ -1161,6 +1161,7 @@ def test_potentials_are_the_neurons_own_and_memory_is_constant():
     few, many = (evaluation.observe(model, batches_of(images))[1] for images in (x, torch.cat([x, x])))
     assert all(torch.equal(2 * few[name], many[name]) for name in few) and few.keys() == many.keys()
     assert model.timesteps == 3 and not any(layer._forward_hooks for layer in model.modules())
+    assert not any(layer._forward_pre_hooks for name, layer in model.named_modules() if name != "lif")
 
 
 def test_event_sequences_are_repeated():
@@ -1331,8 +1332,8 @@ def test_killed_or_terminated_runs_continue_bit_for_bit(tiny, tmp_path, number, 
     seconds = (tmp_path / "whole/log.csv").read_text().splitlines()[-1].split(",")[-1]
     program = tmp_path / "program.py"
     program.write_text(INTERRUPTED)
-    printed = python(program, number, times, seconds, *flags, "--out", tmp_path / "parts", "--resume", "auto", PYTHONPATH=str(HERE))
-    assert int(printed.split()[-1]) == times
+    said = python(program, number, times, seconds, *flags, "--out", tmp_path / "parts", "--resume", "auto", PYTHONPATH=str(HERE))
+    assert int(said.split()[-1]) == times
     assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "parts/last.pt"))
     cut = lambda name: [line.split(",")[:6] for line in (tmp_path / name / "log.csv").read_text().splitlines()]
     assert cut("whole") == cut("parts")
