@@ -1,6 +1,6 @@
 """Data sets as batches on the training device: data = load("cifar100", "data"); for x, y in data.train(...): ...
 
-    shapes            ten kinds of coloured shapes, drawn from a seed in a second: a smoke test, needs no download
+    shapes            ten kinds of coloured shapes, drawn at --image-size in seconds: a smoke test, needs no download
     cifar10, cifar100 downloaded and verified by torchvision
     folder            an image tree  train/<class>/*.png|jpg|webp,  val|test/<class>/*  at --image-size
     imagenet          the same layout under <data-dir>/imagenet, random resized crops at 224
@@ -309,7 +309,10 @@ def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split
         return load_events(name, root / name, workers, timesteps, dvs_split, bin_by)
     mean, std, classes = STATISTICS[name]
     if name == "shapes":
-        return Resident(name, draw_shapes(8000, seed=1), draw_shapes(1000, seed=2), SHAPES, mean, std, flip=True)
+        if image_size > RESIDENT_UP_TO:
+            raise UserError(f"shapes are drawn at --image-size up to {RESIDENT_UP_TO}, not {image_size}")
+        train, test = (draw_shapes(n, seed, image_size) for n, seed in ((8000, 1), (1000, 2)))
+        return Resident(name, train, test, SHAPES, mean, std, pad=image_size // 8)
     folder = root / name
     if not all((folder / f"{split}_{kind}.npy").exists() for split in ("train", "test") for kind in ("images", "labels")):
         download_cifar(name, root)

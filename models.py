@@ -198,6 +198,33 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, **neuron_option
     return model
 
 
+@torch.no_grad()
+def start_near_identity(model):
+    """Let every block of a plain resnet start out passing on the spikes of its shortcut, in place. Returns the model.
+
+    A block that fires after its addition has no path around the neuron: 16 of them in a row garble what they carry before
+    training has begun. BatchNorms that start at 0 are the remedy for ReLUs; a neuron needs a bias besides, or the shortcut's
+    spike alone would not reach its threshold. With bias b, from v[0] = 0, the potential without and with a spike a is
+
+        h[1] = k b   and   k (b + a),   as far below theta as above if   b = theta / k - a / 2
+
+    and without any spike it settles at b. Raises ValueError where that is not below theta, for tau is too large, and for
+    networks that add spikes behind the neuron, which need no such start.
+    """
+    if not isinstance(model, ResNet) or model.blocks[0].sew:
+        raise ValueError("near_identity is for resnet18, resnet19 and resnet34: the others add spikes behind the neuron, leave it out")
+    for block in model.blocks:
+        neuron = block.lif2
+        spike = neuron.threshold if neuron.surrogate == "trsg" else 1.0
+        bias = neuron.threshold * neuron.tau - spike / 2
+        if bias >= neuron.threshold:
+            raise ValueError(f"near_identity needs a tau below {1 + spike / (2 * neuron.threshold):.3g}, not {neuron.tau:.3g}: "
+                             "neurons would fire without a spike")
+        nn.init.constant_(block.bn2.weight, 0.1)
+        nn.init.constant_(block.bn2.bias, bias)
+    return model
+
+
 def compile_model(model):
     """Fuse the whole network with torch.compile, in place: BatchNorm's application, the shortcuts' additions and the
     neurons then share kernels. Takes minutes once, and again for evaluation; rounding may differ. Returns the model."""

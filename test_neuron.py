@@ -368,6 +368,48 @@ def test_compiling_the_network_changes_rounding_only():
     np.testing.assert_allclose(mu_a, mu_b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("tau", [1.05, 1.4])
+@pytest.mark.parametrize("surrogate, threshold", [("trsg", 1.0), ("trsg", 0.3), ("absolute", 0.5)])
+@torch.no_grad()
+def test_blocks_near_the_identity_pass_their_input_on(surrogate, threshold, tau):
+    torch.manual_seed(0)
+    options = dict(surrogate=surrogate, threshold=threshold, tau=tau, mp_init="off")
+    model = models.start_near_identity(models.build("resnet34", 10, 8, width=4, **options)).double()
+    amplitude = threshold if surrogate == "trsg" else 1.0
+    for block in model.blocks:
+        assert block.bn2.weight.min() == block.bn2.weight.max() == pytest.approx(0.1)
+        b, k = block.bn2.bias[0].item(), 1 / tau                 # after one step as far below theta as above it
+        assert threshold - k * b == pytest.approx(k * (b + amplitude) - threshold, rel=1e-5) and b < threshold
+        if block.shortcut is None:                               # at weight 0 the block is exactly the identity
+            nn.init.zeros_(block.bn2.weight)
+            spikes = amplitude * torch.rand(8 * 2, block.conv1.in_channels, 3, 3).round().double()
+            torch.testing.assert_close(block(spikes, 8), spikes, rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_near_identity_keeps_what_34_layers_garble():
+    def kept(near):
+        """Correlation of the last spikes of images and of the same images with a little noise, over images."""
+        torch.manual_seed(0)
+        model = models.build("resnet34", 10, 2, width=4, tau=1.05)
+        model, seen = models.start_near_identity(model) if near else model, []
+        model.blocks[-1].register_forward_hook(lambda m, i, o: seen.append(o.unflatten(0, (2, -1)).mean(0)))
+        x = torch.randn(32, 3, 32, 32)
+        for images in (x, x + 0.1 * torch.randn_like(x)):
+            model(images)
+        a, b = (s - s.mean(0) for s in seen)
+        return (F.cosine_similarity(a.flatten(), b.flatten(), dim=0)).item()
+    assert kept(False) < 0.2 and kept(True) > 0.5
+
+
+@pytest.mark.parametrize("arch, options, message", [
+    ("sew_resnet18", {}, "behind the neuron"), ("spikformer", {}, "behind the neuron"), ("resnet18", dict(tau=1.5), "tau below 1.5"),
+    ("resnet18", dict(tau=2.0, surrogate="absolute", threshold=0.5), "tau below 2")])
+def test_networks_that_cannot_start_near_the_identity(arch, options, message):
+    with pytest.raises(ValueError, match=message):
+        models.start_near_identity(models.build(arch, 10, 1, width=4, **options))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (("alexnet", 10, 1), "unknown arch 'alexnet'"), (("resnet19", 0, 1), "num_classes"),
     (("resnet19", 10, 0), "timesteps"), (("spikformer", 10, 1, 3, 6), "multiple of 4")])
@@ -392,6 +434,17 @@ def test_shapes_need_more_than_a_linear_classifier():
     accuracy = (linear(x_test).argmax(1) == y_test).float().mean()
     assert (linear(x).argmax(1) == y).float().mean() > 0.4       # it did learn what it can
     assert accuracy < 0.6
+
+
+def test_shapes_of_other_sizes():
+    small, large = (data.load("shapes", image_size=size) for size in (32, 64))
+    assert small.size == (32, 32) and large.size == (64, 64) and large.pad == 2 * small.pad
+    (a, label_a), (b, label_b) = small.sets["test"], large.sets["test"]
+    assert torch.equal(label_a, label_b)                         # the same shapes at the same places, drawn finer
+    means = b.float().unflatten(2, (32, 2)).unflatten(1, (32, 2)).mean((2, 4))
+    assert torch.corrcoef(torch.stack([a.float().flatten(), means.flatten()]))[0, 1] > 0.95
+    with pytest.raises(data.UserError, match="up to 96, not 97"):
+        data.load("shapes", image_size=97)
 
 
 def test_shapes_are_reproducible_and_balanced():
@@ -1369,7 +1422,7 @@ def fails(capsys, program, arguments, expected):
     ("--tau 1", "above 1"), ("--tau 0.5", "above 1"), ("--mp-init mean", "mean"), ("--surrogate atan", "atan"),
     ("--cutout -1", "at least 0"), ("--workers -1", "at least 0"), ("--seed -1", "at least 0"), ("--save-every 0", "above 0"),
     ("--accumulate 3", "does not divide"), ("--device gpu", "--device gpu"), ("--optimizer lion", "lion"), ("--fast", "--fast"),
-    ("--arch spikformer --width 6", "multiple of 4"), ("--image-size 0", "at least 1"), ("--resume auto", "--out"),
+    ("--arch spikformer --width 6", "multiple of 4"), ("--near-identity", "needs a tau below 1.5, not 2"), ("--image-size 0", "at least 1"), ("--resume auto", "--out"),
     ("--resume nowhere", "no such file"), ("--out /proc/run", "cannot write into /proc/run")])
 def test_flags_out_of_range(capsys, tiny, tmp_path, flags, expected):
     flags = flags.split()

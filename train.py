@@ -37,7 +37,7 @@ from eval import FORMAT, evaluate, load_checkpoint, number, parser, run
 RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain", neuron_rate=0.1)
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
                          neuron_rate=1.0)
-FIXED = ("dataset", "arch", "timesteps", "width", "dvs_split", "bin_by", "classes")    # what a resumed run may not change
+FIXED = ("dataset", "arch", "timesteps", "width", "near_identity", "dvs_split", "bin_by", "classes")    # what a resumed run may not change
 
 
 def settings(argv=None):
@@ -53,10 +53,11 @@ def settings(argv=None):
     g.add_argument("--mp-init", choices=("active", "all", "off"), default="active", help="start potentials at their running mean over the neurons that fired (the paper), over all neurons, or at 0 (default: %(default)s)")
     g.add_argument("--surrogate", choices=("trsg", "absolute"), default="trsg", help="threshold-robust surrogate gradient, or the naive window of fixed width (default: %(default)s)")
     g.add_argument("--fixed-neuron", action="store_true", help="do not train thresholds and time constants")
+    g.add_argument("--near-identity", action="store_true", help="start every block of a plain resnet as nearly the identity (models.start_near_identity), for deep ones; needs --tau 1.05 or so")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="(default: %(default)s)")
     g.add_argument("--data-dir", default="data", help="where data sets are or are downloaded to; for 'folder' the image tree itself (default: %(default)s)")
-    g.add_argument("--image-size", type=count, help=f"side of the images of 'folder' (default: 32; above {data.RESIDENT_UP_TO} they are streamed) and 'imagenet' (default: 224)")
+    g.add_argument("--image-size", type=count, help=f"side of the images of 'shapes' and 'folder' (default: 32; folders above {data.RESIDENT_UP_TO} are streamed) and 'imagenet' (default: 224)")
     g.add_argument("--dvs-split", choices=("first100", "random"), default="first100", help="test set of cifar10-dvs: the recordings 0-99 of each class, or a tenth of each drawn at random (default: %(default)s)")
     g.add_argument("--bin-by", choices=("count", "time"), default="count", help="cut recordings of events into frames of equal count or of equal duration (default: %(default)s)")
     g.add_argument("--classes", type=number(int, 2, or_equal=True), metavar="N", help="use the first N classes only, a smaller task (default: all)")
@@ -259,7 +260,10 @@ def main(argv=None):
                    width=s["width"], threshold=s["threshold"], tau=s["tau"], mp_init=s["mp_init"],
                    surrogate=s["surrogate"], learnable=not s["fixed_neuron"])
     try:
-        model = models.build(**network).to(device, memory_format=data.memory_format(device))
+        model = models.build(**network)
+        if s["near_identity"]:
+            models.start_near_identity(model)
+        model.to(device, memory_format=data.memory_format(device))
     except ValueError as error:
         raise UserError(str(error)) from error
     optimizer = make_optimizer(model, s)
@@ -292,7 +296,7 @@ def main(argv=None):
 
     say(f"network   {s['arch']}, width {s['width']}, T = {s['timesteps']}, {sum(p.numel() for p in model.parameters()):,d} parameters, "
         f"{sum(isinstance(m, neuron.TrLIF) for m in model.modules())} neuron layers: theta {s['threshold']:g}, tau {s['tau']:g}"
-        f"{' (fixed)' if s['fixed_neuron'] else ''}, MP-Init {s['mp_init']}, surrogate {s['surrogate']}")
+        f"{' (fixed)' if s['fixed_neuron'] else ''}, MP-Init {s['mp_init']}, surrogate {s['surrogate']}{', blocks near the identity' * s['near_identity']}")
     say(f"data      {s['dataset']}, {len(dataset):,d} training images of {dataset.size[0]}x{dataset.size[1]}, {len(dataset.classes)} classes"
         + (f", {dataset.frames} frames each by {s['bin_by']}, split {dataset.split}" if dataset.frames else "")
         + ("  (drawn shapes: a smoke test, no benchmark)" if s["dataset"].startswith("shapes") else ""))
