@@ -62,13 +62,14 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     # One threshold and one decay per neuron (a view, no memory): their gradients then add up neuron by neuron, and
     # are summed over the layer once at the end instead of once per use.
     threshold, decay = (p.to(dtype).expand(x.shape[1:]) for p in (threshold, decay))
+    per_threshold = 1 / threshold                                # multiplied with at every step: a division takes far longer
     v, fired, spikes = v_init.to(dtype), None, []
     for x_t in x.unbind(0):
         h = v + decay * (x_t.to(dtype) - v)                      # charge  h[t] = v[t-1] + k (x[t] - v[t-1])
         fires = h >= threshold                                   # fire    s[t] = 1 if h[t] >= theta
         # The surrogate's argument u: TrSG measures the distance to the threshold in thresholds, r - 1 = h/theta - 1;
         # the naive form in the potential's own unit. The derivative ds/du is 1 inside the window |u| <= 1/2, else 0.
-        u = h / threshold - 1 if surrogate == "trsg" else h - threshold
+        u = h * per_threshold - 1 if surrogate == "trsg" else h - threshold
         window = u.detach().abs() <= 0.5
         s = fires + window * (u - u.detach())                    # u - u is exactly 0: value `fires`, slope `window`
         o = threshold * s                                        # emit    o[t] = theta s[t]
