@@ -203,13 +203,13 @@ def start_near_identity(model):
     """Let every block of a plain resnet start out passing on the spikes of its shortcut, in place. Returns the model.
 
     A block that fires after its addition has no path around the neuron: 16 of them in a row garble what they carry before
-    training has begun. BatchNorms that start at 0 are the remedy for ReLUs; a neuron needs a bias besides, or the shortcut's
-    spike alone would not reach its threshold. With bias b, from v[0] = 0, the potential without and with a spike a is
+    training has begun. For ReLUs the remedy is a last BatchNorm that starts at 0 (Goyal et al. 2017). A neuron needs a bias
+    besides, or the shortcut's spike alone would not reach its threshold. With bias b, from v[0] = 0, h[1] is
 
-        h[1] = k b   and   k (b + a),   as far below theta as above if   b = theta / k - a / 2
+        k b   without a spike,   k (b + a)   with one of height a:   as far below theta as above it if   b = theta / k - a / 2
 
-    and without any spike it settles at b. Raises ValueError where that is not below theta, for tau is too large, and for
-    networks that add spikes behind the neuron, which need no such start.
+    Without spikes the potential settles at b. Raises ValueError where tau is too large for b to lie below theta, and for
+    networks that add spikes behind the neuron, which have a path around it.
     """
     if not isinstance(model, ResNet) or model.blocks[0].sew:
         raise ValueError("near_identity is for resnet18, resnet19 and resnet34: the others add spikes behind the neuron, leave it out")
