@@ -105,13 +105,13 @@ def first_classes(dataset, n):
 class Resident:
     """A data set that lives on the device as uint8. Images [N, H, W, C], or event frames [N, T, 2, H, W].
 
-    pad: random shifts by up to so many pixels, zeros moving in; flip: random horizontal flips; cutout: side of a square
-    set to the mean, 0 for none; augment: TrivialAugment (see trivial_augment).
+    pad: random shifts by up to so many pixels (default: an eighth of the side), zeros moving in; flip: random horizontal
+    flips; cutout: side of a square set to the mean, 0 for none; augment: TrivialAugment (see trivial_augment).
     """
 
-    def __init__(self, name, train, test, classes, mean, std, pad=4, flip=True, split=None):
+    def __init__(self, name, train, test, classes, mean, std, pad=None, flip=True, split=None):
         self.name, self.classes, self.mean, self.std, self.split = name, classes, tuple(mean), tuple(std), split
-        self.pad, self.flip, self.cutout, self.augment = pad, flip, 0, False
+        self.flip, self.cutout, self.augment = flip, 0, False
         self.sets = {}
         for split, (images, labels) in {"train": train, "test": test}.items():
             images = torch.from_numpy(np.ascontiguousarray(images))
@@ -121,6 +121,7 @@ class Resident:
             self.sets[split] = images, torch.from_numpy(labels.astype(np.int64))
         self.channels = 2 if self.frames else images.shape[3]
         self.size = tuple(images.shape[1:3])
+        self.pad = self.size[0] // 8 if pad is None else pad
         self.to("cpu")
 
     def __len__(self):
@@ -302,7 +303,7 @@ def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split
         arrays = [decode(folder, image_size, workers) for folder in (train, test)]
         pixels = arrays[0][0].reshape(-1, 3)
         return Resident(name, *arrays, train.classes, (pixels.mean(0) / 255).tolist(),
-                        ((pixels.std(0) / 255).clip(1e-3)).tolist(), pad=image_size // 8)
+                        ((pixels.std(0) / 255).clip(1e-3)).tolist())
     if name == "imagenet":
         return Streamed(name, root / name, image_size, *STATISTICS[name][:2], workers)
     if name in SENSORS:
@@ -312,7 +313,7 @@ def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split
         if image_size > RESIDENT_UP_TO:
             raise UserError(f"shapes are drawn at --image-size up to {RESIDENT_UP_TO}, not {image_size}")
         train, test = (draw_shapes(n, seed, image_size) for n, seed in ((8000, 1), (1000, 2)))
-        return Resident(name, train, test, SHAPES, mean, std, pad=image_size // 8)
+        return Resident(name, train, test, SHAPES, mean, std)
     folder = root / name
     if not all((folder / f"{split}_{kind}.npy").exists() for split in ("train", "test") for kind in ("images", "labels")):
         download_cifar(name, root)
