@@ -17,7 +17,7 @@ Two things go wrong when such a layer is trained directly, and each has a remedy
 TrSG (threshold-robust surrogate gradient). s[t] is a step function, whose derivative training must replace by that of
     something smooth, the surrogate. If its window has a fixed width around theta, gradients vanish or explode once a
     learnable theta drifts away from 1. TrSG takes the derivative with respect to r = h / theta, and emits theta s:
-    both factors of theta cancel, so gradients pass alike whatever theta is. See `lif`.
+    both factors of theta cancel, so gradients pass alike whatever theta is. See `Fire`.
 MP-Init (membrane potential initialisation). Starting at v[0] = 0 gives the first time steps another distribution of
     potentials than the later ones ("temporal covariate shift"), and BatchNorm one set of statistics to serve both.
     The potential forgets its start and settles into a stationary law, so MP-Init starts at that law's mean, which
@@ -45,6 +45,37 @@ COMPILE = True
 CPU_COMPILE_FROM = 2 ** 16
 
 
+class Fire(torch.autograd.Function):
+    """Fire and emit: o = theta s with s = 1 if h >= theta else 0. Backward puts a surrogate in place of s's derivative.
+
+    h, threshold  tensors of one shape; the result o has it too
+    surrogate     "trsg": s is taken as a function of r = h / theta, with ds/dr = 1 in the window |r - 1| <= 1/2, else 0
+                  "absolute", the naive form: as a function of h - theta, with slope 1 in the window |h - theta| <= 1/2
+    arXiv:2511.08708.
+    """
+
+    @staticmethod
+    def forward(ctx, h, threshold, surrogate):
+        ctx.save_for_backward(h, threshold)
+        ctx.surrogate = surrogate
+        return threshold * (h >= threshold)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        h, threshold = ctx.saved_tensors
+        s = (h >= threshold).to(h.dtype)
+        if ctx.surrogate == "trsg":
+            r = h * (1 / threshold)                              # one reciprocal serves all steps, and divisions are slow
+            window = (r - 1).abs() <= 0.5
+            do_dh = window                                       # = theta ds/dr dr/dh = theta window / theta
+            do_dthreshold = s - r * window                       # = s + theta ds/dr dr/dtheta = s - theta window h / theta^2
+        else:
+            window = (h - threshold).abs() <= 0.5
+            do_dh = threshold * window                           # theta stays, and is multiplied up from step to step
+            do_dthreshold = s - threshold * window
+        return gradient * do_dh, gradient * do_dthreshold, None
+
+
 def lif(x, v_init, threshold, decay, surrogate="trsg"):
     """The neuron: integrate the current x over T steps, fire, and reset. This loop is its only definition.
 
@@ -62,21 +93,13 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     # One threshold and one decay per neuron (a view, no memory): their gradients then add up neuron by neuron, and
     # are summed over the layer once at the end instead of once per use.
     threshold, decay = (p.to(dtype).expand(x.shape[1:]) for p in (threshold, decay))
-    per_threshold = 1 / threshold                                # multiplied with at every step: a division takes far longer
     v, fired, spikes = v_init.to(dtype), None, []
     for x_t in x.unbind(0):
         h = v + decay * (x_t.to(dtype) - v)                      # charge  h[t] = v[t-1] + k (x[t] - v[t-1])
-        fires = h >= threshold                                   # fire    s[t] = 1 if h[t] >= theta
-        # The surrogate's argument u: TrSG measures the distance to the threshold in thresholds, r - 1 = h/theta - 1;
-        # the naive form in the potential's own unit. The derivative ds/du is 1 inside the window |u| <= 1/2, else 0.
-        u = h * per_threshold - 1 if surrogate == "trsg" else h - threshold
-        window = u.detach().abs() <= 0.5
-        s = fires + window * (u - u.detach())                    # u - u is exactly 0: value `fires`, slope `window`
-        o = threshold * s                                        # emit    o[t] = theta s[t]
+        o = Fire.apply(h, threshold, surrogate)                  # emit    o[t] = theta s[t], s[t] = 1 if h[t] >= theta
         v = h - o                                                # reset   v[t] = h[t] - theta s[t]
-        # With TrSG, autograd now finds  do/dh = theta window / theta = window  and  do/dtheta = s - r window.
-        spikes.append((o if surrogate == "trsg" else s).to(x.dtype))
-        fired = fires if fired is None else fired | fires
+        spikes.append((o if surrogate == "trsg" else o / threshold).to(x.dtype))
+        fired = o > 0 if fired is None else fired | (o > 0)
     return torch.stack(spikes), v, fired
 
 
