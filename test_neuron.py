@@ -1520,7 +1520,7 @@ def test_bad_checkpoints(capsys, trained, tmp_path):
 @pytest.mark.parametrize("flags, expected", [
     ("--arch resnet18", "--arch resnet19, not resnet18"), ("--dataset cifar100", "--dataset shapes, not cifar100"),
     ("--timesteps 4", "--timesteps 2, not 4"), ("--width 8", "--width 4, not 8"),
-    ("--classes 5", "--classes None, not 5")])
+    ("--classes 5", "--classes None, not 5"), ("--tau 3", "--tau 2.0, not 3.0"), ("--threshold 2", "--threshold 1.0, not 2.0")])
 def test_a_resumed_run_must_keep_its_network_and_data(capsys, trained, flags, expected):
     before = (trained / "last.pt").read_bytes()
     fails(capsys, "train.py", ["--resume", trained, *flags.split()], expected)

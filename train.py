@@ -37,7 +37,8 @@ from eval import FORMAT, evaluate, load_checkpoint, number, parser, run
 RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain", neuron_rate=0.1)
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
                          neuron_rate=1.0)
-FIXED = ("dataset", "arch", "timesteps", "width", "near_identity", "dvs_split", "bin_by", "classes")    # what a resumed run may not change
+# What a resumed run may not change: another network, other data, or a start that lies behind it.
+FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "near_identity", "dvs_split", "bin_by", "classes")
 
 
 def settings(argv=None):
