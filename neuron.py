@@ -93,13 +93,13 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     # One threshold and one decay per neuron (a view, no memory): their gradients then add up neuron by neuron, and
     # are summed over the layer once at the end instead of once per use.
     threshold, decay = (p.to(dtype).expand(x.shape[1:]) for p in (threshold, decay))
-    v, fired, spikes = v_init.to(dtype), None, []
+    v, fired, spikes = v_init.to(dtype), False, []
     for x_t in x.unbind(0):
         h = v + decay * (x_t.to(dtype) - v)                      # charge  h[t] = v[t-1] + k (x[t] - v[t-1])
         o = Fire.apply(h, threshold, surrogate)                  # emit    o[t] = theta s[t], s[t] = 1 if h[t] >= theta
         v = h - o                                                # reset   v[t] = h[t] - theta s[t]
         spikes.append((o if surrogate == "trsg" else o / threshold).to(x.dtype))
-        fired = o > 0 if fired is None else fired | (o > 0)
+        fired = fired | (o > 0)
     return torch.stack(spikes), v, fired
 
 

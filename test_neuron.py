@@ -930,7 +930,7 @@ def test_a_checkpoint_evaluates_to_the_same_logits_in_another_process(trained, t
 def test_evaluation_agrees_with_the_log_and_with_a_plain_count(capsys, trained):
     last = (trained / "log.csv").read_text().splitlines()[-1].split(",")
     said = printed(capsys, evaluation, trained / "last.pt")
-    assert f"top-1 {100 * float(last[5]):.2f} %" in said and f"t=1: {100 * float(last[4]):.2f} %" in said
+    assert f"top-1 {100 * float(last[5]):.2f} %" in said and f"t=1: {100 * float(last[4]):.2f} %" in said and "of 1000 images" in said
     model = evaluation.build_network(evaluation.load_checkpoint(trained / "last.pt"))
     dataset = data.load("shapes").to("cpu")
     dataset.sets["test"] = tuple(v[:250] for v in dataset.sets["test"])
