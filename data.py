@@ -16,7 +16,6 @@ what waits. Large images are decoded by worker processes (`Streamed`).
 Every random draw is a function of (seed, epoch, batch) alone, never of what was drawn before: an interrupted run
 continues exactly, and N processes that share a batch see what one process would see.
 """
-import fcntl
 import functools
 import os
 import pathlib
@@ -32,6 +31,11 @@ import torch
 import torchvision
 from torchvision import transforms
 from torchvision.transforms import v2
+
+try:
+    import fcntl
+except ImportError:                                              # Windows has no such locks, and goes without
+    fcntl = None
 
 # Per-channel mean and standard deviation of the training images in 0..1, and the number of classes.
 STATISTICS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 10),
@@ -65,6 +69,20 @@ def write_atomically(path, write):
         if isinstance(error, (OSError, RuntimeError)):           # torch.save reports a full disk as RuntimeError
             raise UserError(f"cannot write {path}: {first_line(error)}") from error
         raise
+
+
+def lock(folder, wait):
+    """Hold folder/.lock until the file returned is closed or this process ends. Where another holds it: wait, or UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing into {folder}: wait for it, or choose another folder") from error
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+    return file
 
 
 def first_line(error):
@@ -566,7 +584,7 @@ def find_recordings(name, folder, classes):
                 paths = [f"{packed}/{member}" for member in archive(str(packed), os.getpid()).namelist()]
             except (OSError, ValueError, zipfile.BadZipFile) as error:
                 raise UserError(f"{packed} is no readable zip archive ({first_line(error)}): download it again") from error
-        for path in map(str, paths):
+        for path in (p if isinstance(p, str) else p.as_posix() for p in paths):
             if number := re.search(r"/[^./]*?(\d+)\.(?:aedat|bin)$", path):           # an archive may hold other things
                 found.append((label, int(number[1]), path, read_events(path, 5 if name == "nmnist" else 8, look=True)))
         if len(found) == before:
@@ -607,12 +625,7 @@ def load_events(name, folder, workers, timesteps, split, by):
         if test.all() or not test.any():
             raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(recordings)} recordings the test set; "
                             "training and test need some each: add recordings or choose another --dvs-split")
-        try:
-            held = open(folder / ".lock", "w")
-            fcntl.flock(held, fcntl.LOCK_EX)                     # others wait here and find the work done
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error.strerror}") from error
-        with held:
+        with lock(folder, wait=True):                            # others wait here and find the work done
             for left in folder.glob(f".*{suffix}.npy.*"):        # by a process killed while it wrote
                 left.unlink()
             if not all(path.exists() for path in wanted):

@@ -199,6 +199,19 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, **neuron_option
 
 
 @torch.no_grad()
+def scale_currents(model, threshold):
+    """Let every BatchNorm start at weight theta instead of 1, in place (as in tdBN, Zheng et al. 2021). Returns the model.
+
+    Input currents then have deviation theta at the start, and another initial threshold is a mere change of units. TrSG
+    does not notice it: a layer emits theta s, and the next BatchNorm divides by the theta that its own weight brings back.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.weight *= threshold
+    return model
+
+
+@torch.no_grad()
 def start_near_identity(model):
     """Let every block of a plain resnet start out passing on the spikes of its shortcut, in place. Returns the model.
 

@@ -368,6 +368,35 @@ def test_compiling_the_network_changes_rounding_only():
     np.testing.assert_allclose(mu_a, mu_b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("arch", ["resnet19", "sew_resnet18"])
+@pytest.mark.parametrize("surrogate", ["trsg", "absolute"])
+@pytest.mark.parametrize("c", [0.25, 4.0])
+def test_scaled_currents_make_the_threshold_a_unit(arch, surrogate, c):
+    """The lemma through a whole network: from threshold c and BatchNorms at c, TrSG computes what it does from 1."""
+    def run(threshold):
+        torch.manual_seed(0)
+        model = models.build(arch, 10, 3, width=4, threshold=threshold, surrogate=surrogate).double()
+        models.scale_currents(model, threshold)
+        if surrogate == "trsg":                                  # the head's input is theta s
+            model.head.weight.data /= threshold
+        spikes = []
+        for module in model.modules():
+            if isinstance(module, TrLIF):
+                nn.init.constant_(module.raw_threshold, math.log(math.expm1(threshold)))      # exact in float64
+                module.register_forward_hook(lambda m, i, o: spikes.append(o != 0))
+            elif isinstance(module, nn.BatchNorm2d):
+                module.eps = 1e-14                               # the only thing that knows a unit
+        F.cross_entropy(model(torch.randn(8, 3, 16, 16).double()).mean(0), torch.arange(8)).backward()
+        return spikes, [m.weight.grad for m in model.modules() if isinstance(m, nn.Conv2d)]
+    (spikes, gradients), (spikes_c, gradients_c) = run(1.0), run(c)
+    if surrogate == "trsg":
+        assert len(spikes) >= 17 and all((a == b).all() for a, b in zip(spikes, spikes_c))
+        for a, b in zip(gradients, gradients_c):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * a.abs().max())
+    else:                                                        # the fixed window does notice
+        assert max(abs(math.log(b.norm() / a.norm())) for a, b in zip(gradients, gradients_c)) > 1
+
+
 @pytest.mark.parametrize("tau", [1.05, 1.4])
 @pytest.mark.parametrize("surrogate, threshold", [("trsg", 1.0), ("trsg", 0.3), ("absolute", 0.5)])
 @torch.no_grad()
@@ -1423,7 +1452,8 @@ def fails(capsys, program, arguments, expected):
     ("--tau 1", "above 1"), ("--tau 0.5", "above 1"), ("--mp-init mean", "mean"), ("--surrogate atan", "atan"),
     ("--cutout -1", "at least 0"), ("--workers -1", "at least 0"), ("--seed -1", "at least 0"), ("--save-every 0", "above 0"),
     ("--accumulate 3", "does not divide"), ("--device gpu", "--device gpu"), ("--optimizer lion", "lion"), ("--fast", "--fast"),
-    ("--arch spikformer --width 6", "multiple of 4"), ("--near-identity", "needs a tau below 1.5, not 2"), ("--image-size 0", "at least 1"), ("--resume auto", "--out"),
+    ("--arch spikformer --width 6", "multiple of 4"), ("--near-identity", "needs a tau below 1.5, not 2"), ("--image-size 0", "at least 1"),
+    ("--image-size 64", "cifar10 has its own size"), ("--resume auto", "--out"),
     ("--resume nowhere", "no such file"), ("--out /proc/run", "cannot write into /proc/run")])
 def test_flags_out_of_range(capsys, tiny, tmp_path, flags, expected):
     flags = flags.split()
@@ -1529,8 +1559,8 @@ def test_a_resumed_run_must_keep_its_network_and_data(capsys, trained, flags, ex
 
 
 def test_two_runs_do_not_write_into_one_folder(capsys, tiny, tmp_path):
-    held = train.lock(tmp_path / "run")
-    fails(capsys, "train.py", [*tiny(), "--out", tmp_path / "run"], "another process is training into")
+    held = data.lock(tmp_path / "run", wait=False)
+    fails(capsys, "train.py", [*tiny(), "--out", tmp_path / "run"], "another process is writing into")
     held.close()
 
 

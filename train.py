@@ -11,7 +11,6 @@ Ctrl-C or SIGTERM finishes the step, saves and leaves; the same command with --r
 import argparse
 import contextlib
 import csv
-import fcntl
 import io
 import math
 import os
@@ -38,7 +37,7 @@ RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, la
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
                          neuron_rate=1.0)
 # What a resumed run may not change: another network, other data, or a start that lies behind it.
-FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "near_identity", "dvs_split", "bin_by", "classes")
+FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "near_identity", "scale_currents", "dvs_split", "bin_by", "classes")
 
 
 def settings(argv=None):
@@ -55,6 +54,7 @@ def settings(argv=None):
     g.add_argument("--surrogate", choices=("trsg", "absolute"), default="trsg", help="threshold-robust surrogate gradient, or the naive window of fixed width (default: %(default)s)")
     g.add_argument("--fixed-neuron", action="store_true", help="do not train thresholds and time constants")
     g.add_argument("--near-identity", action="store_true", help="start every block of a plain resnet as nearly the identity (models.start_near_identity), for deep ones; needs --tau 1.05 or so")
+    g.add_argument("--scale-currents", action="store_true", help="start BatchNorm's weights at theta instead of 1 (models.scale_currents), so that currents scale with --threshold")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="(default: %(default)s)")
     g.add_argument("--data-dir", default="data", help="where data sets are or are downloaded to; for 'folder' the image tree itself (default: %(default)s)")
@@ -95,8 +95,10 @@ def settings(argv=None):
     return {**defaults, **given}, given
 
 
-def decide(s):
+def decide(s, given):
     """Fill in, in place, what depends on other settings."""
+    if "image_size" in given and s["dataset"] not in ("shapes", "folder", "imagenet"):
+        raise UserError(f"--image-size is for shapes, folder and imagenet: {s['dataset']} has its own size, leave the flag out")
     recipe = SPIKFORMER_RECIPE if s["arch"] == "spikformer" else RESNET_RECIPE
     for name, value in recipe.items():
         s[name] = value if s[name] is None else s[name]
@@ -121,19 +123,6 @@ def open_run(s, given):
     if (out / "last.pt").exists():
         raise UserError(f"{out} holds a run already: add --resume auto to go on with it, or give another --out")
     return out, None, s, {}
-
-
-def lock(out):
-    """Hold DIR/.lock until this process ends, so that no second run writes into the same folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process is training into {out}: give another --out") from error
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}") from error
-    return file
 
 
 def make_optimizer(model, s):
@@ -218,7 +207,7 @@ class Interrupt:
 def main(argv=None):
     s, given = settings(argv)
     out, checkpoint, s, changed = open_run(s, given)
-    decide(s)
+    decide(s, given)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *_, **__: None
     try:
@@ -262,6 +251,8 @@ def main(argv=None):
                    surrogate=s["surrogate"], learnable=not s["fixed_neuron"])
     try:
         model = models.build(**network)
+        if s["scale_currents"]:
+            models.scale_currents(model, s["threshold"])
         if s["near_identity"]:
             models.start_near_identity(model)
         model.to(device, memory_format=data.memory_format(device))
@@ -293,11 +284,11 @@ def main(argv=None):
         models.compile_model(model)
     if world > 1:
         trained = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    held = lock(out) if rank == 0 else None                      # noqa: F841 (the lock lives as long as the name)
+    held = data.lock(out, wait=False) if rank == 0 else None     # noqa: F841 (the lock lives as long as the name)
 
     say(f"network   {s['arch']}, width {s['width']}, T = {s['timesteps']}, {sum(p.numel() for p in model.parameters()):,d} parameters, "
         f"{sum(isinstance(m, neuron.TrLIF) for m in model.modules())} neuron layers: theta {s['threshold']:g}, tau {s['tau']:g}"
-        f"{' (fixed)' if s['fixed_neuron'] else ''}, MP-Init {s['mp_init']}, surrogate {s['surrogate']}{', blocks near the identity' * s['near_identity']}")
+        f"{' (fixed)' if s['fixed_neuron'] else ''}, MP-Init {s['mp_init']}, surrogate {s['surrogate']}{', currents scaled' * s['scale_currents']}{', blocks near the identity' * s['near_identity']}")
     say(f"data      {s['dataset']}, {len(dataset):,d} training images of {dataset.size[0]}x{dataset.size[1]}, {len(dataset.classes)} classes"
         + (f", {dataset.frames} frames each by {s['bin_by']}, split {dataset.split}" if dataset.frames else "")
         + ("  (drawn shapes: a smoke test, no benchmark)" if s["dataset"].startswith("shapes") else ""))
