@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from neuron import TrLIF
+from neuron import TrLIF, compile_options
 
 
 def conv(c_in, c_out, kernel, stride=1):
@@ -241,7 +241,7 @@ def start_near_identity(model):
 def compile_model(model):
     """Fuse the whole network with torch.compile, in place: BatchNorm's application, the shortcuts' additions and the
     neurons then share kernels. Takes minutes once, and again for evaluation; rounding may differ. Returns the model."""
-    model.compile(dynamic=False)
+    model.compile(dynamic=False, options=compile_options())
     return model
 
 

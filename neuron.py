@@ -85,9 +85,9 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     decay      0-d, k = 1 / tau in (0, 1)
     surrogate  "trsg" emits theta s;  "absolute", the naive form kept for comparison, emits s
 
-    Returns (spikes [T, ...] in x's dtype, v [...] the potential after the last step, fired [...] bool, True where
-    the neuron fired at least once). Potentials are float32 at least. Differentiable in x, threshold and decay,
-    through the reset as well. arXiv:2511.08708.
+    Returns (spikes, a list of T tensors [...] in x's dtype, v [...] the potential after the last step, fired [...] bool,
+    True where the neuron fired at least once). Potentials are float32 at least. Differentiable in x, threshold and
+    decay, through the reset as well. arXiv:2511.08708.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)          # bf16 currents still integrate in float32
     # One threshold and one decay per neuron (a view, no memory): their gradients then add up neuron by neuron, and
@@ -100,30 +100,42 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
         v = h - o                                                # reset   v[t] = h[t] - theta s[t]
         spikes.append((o if surrogate == "trsg" else o / threshold).to(x.dtype))
         fired = fired | (o > 0)
-    return torch.stack(spikes), v, fired
+    return spikes, v, fired
 
 
 def _lif_and_statistic(x, v_init, threshold, decay, surrogate, mp_init):
-    """What one layer computes: spikes, and the [sum, count] that MP-Init averages v[T] with (None if it is off)."""
+    """What one layer computes for x [T, rows, columns]: spikes, and the [sum, count] that MP-Init averages v[T] with
+    (None if it is off). All sums over the layer go row by row first: that much a GPU's kernel can do in passing."""
+    threshold, decay = (p.expand(x.shape[1], 1) for p in (threshold, decay))         # so that their gradients do, too
     # Checkpointing: backward runs the loop again from x, so that nothing else is kept for it. Reading x once more
-    # is far cheaper than writing and reading every step's potential.
+    # is far cheaper than writing and reading every step's potential. The spikes are stacked outside of it: whatever
+    # they go to keeps them anyway, and backward need not compute them again.
     spikes, v, fired = checkpoint(lif, x, v_init, threshold, decay, surrogate, use_reentrant=False,
                                   preserve_rng_state=False)
+    spikes = torch.stack(spikes)
     if mp_init == "off":
         return spikes, None
     v = v.detach()
     chosen = fired if mp_init == "active" else torch.ones_like(fired)
-    return spikes, torch.stack([(v * chosen).sum(), chosen.sum().to(v.dtype)])
+    return spikes, torch.stack([(v * chosen).sum(1).sum(), chosen.sum(1).sum().to(v.dtype)])
+
+
+def compile_options():
+    """Options for torch.compile with which a GPU runs the loop as one kernel forward and one backward."""
+    options = {"realize_acc_reads_threshold": 32,                # BatchNorm before it is computed there too, never stored
+               "max_pointwise_cat_inputs": 0,                    # each step's result is written where it belongs, not
+               "max_complex_pointwise_cat_inputs": 0}            # gathered by a second kernel (needs torch 2.13)
+    return {name: value for name, value in options.items() if name in torch._inductor.list_options()}
 
 
 @functools.cache
 def _compiled():
     # dynamic=True: the number of neurons is an argument of the kernel, so that every layer and batch size share it.
-    return torch.compile(_lif_and_statistic, dynamic=True)
+    return torch.compile(_lif_and_statistic, dynamic=True, options=compile_options())
 
 
 def _run(x, *args):
-    """_lif_and_statistic(x, *args) for x [T, N]: fused where that pays and is possible, else as it stands."""
+    """_lif_and_statistic(x, *args): fused where that pays and is possible, else as it stands."""
     global COMPILE
     pays = x.device.type != "cpu" or x.numel() >= CPU_COMPILE_FROM
     if COMPILE and pays and not torch.compiler.is_compiling():   # inside a compiled network the loop fuses anyway
@@ -198,13 +210,15 @@ class TrLIF(nn.Module):
         if self.check and not x.isfinite().all():
             raise ValueError("TrLIF's input current holds NaN or infinity")
 
-        # Neurons do not interact, so the loop sees them as [T, N], listed as they lie in memory: contiguous and
-        # channels_last inputs are both views, and one compiled kernel serves every shape.
+        # Neurons do not interact, so the loop sees them as [T, rows, columns], listed as they lie in memory: contiguous
+        # and channels_last inputs are both views, and one compiled kernel serves every shape.
         order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
         if not x.permute(0, *order)[0].is_contiguous():
             order, x = list(range(1, x.dim())), x.contiguous()
         listed = x.permute(0, *order)
-        spikes, statistic = _run(listed.flatten(1), self.v_init, self.threshold, self.decay, self.surrogate,
+        neurons = listed[0].numel()                              # a CPU sums best in one row, a GPU needs many at a time
+        columns = max(neurons, 1) if x.device.type == "cpu" else math.gcd(neurons, 2048)
+        spikes, statistic = _run(listed.reshape(len(x), -1, columns), self.v_init, self.threshold, self.decay, self.surrogate,
                                  self.mp_init if self.training else "off")
         if statistic is not None:
             self._update_v_init(statistic)
