@@ -218,8 +218,8 @@ class TrLIF(nn.Module):
         listed = x.permute(0, *order)
         neurons = listed[0].numel()                              # a CPU sums best in one row, a GPU needs many at a time
         columns = max(neurons, 1) if x.device.type == "cpu" else math.gcd(neurons, 2048)
-        spikes, statistic = _run(listed.reshape(len(x), -1, columns), self.v_init, self.threshold, self.decay, self.surrogate,
-                                 self.mp_init if self.training else "off")
+        spikes, statistic = _run(listed.reshape(len(x), -1, columns), self.v_init, self.threshold, self.decay,
+                                 self.surrogate, self.mp_init if self.training else "off")
         if statistic is not None:
             self._update_v_init(statistic)
         return spikes.reshape(listed.shape).permute(0, *(1 + order.index(d) for d in range(1, x.dim())))

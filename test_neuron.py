@@ -240,6 +240,23 @@ def test_backward_keeps_the_input_only():
         spikes.sum().backward()
 
 
+@pytest.mark.parametrize("surrogate", ["trsg", "absolute"])
+def test_sums_over_rows_are_sums_over_the_layer(surrogate):
+    """A GPU adds up row by row, a CPU all neurons at once."""
+    torch.manual_seed(0)
+    x, gradient, results = torch.randn(3, 96).double(), torch.randn(3, 96).double(), []
+    plain, compiled = neuron._lif_and_statistic, torch.compile(neuron._lif_and_statistic, options=neuron.compile_options())
+    for run, shape in ((plain, (3, 1, 96)), (plain, (3, 8, 12)), (plain, (3, 96, 1)), (compiled, (3, 8, 12))):
+        current, theta, k = (v.clone().requires_grad_() for v in (x.view(shape), torch.tensor(0.7).double(), torch.tensor(0.4).double()))
+        spikes, statistic = run(current, torch.tensor(0.1).double(), theta, k, surrogate, "active")
+        spikes.backward(gradient.view(shape))
+        results.append((spikes.detach().flatten(), statistic, current.grad.flatten(), theta.grad, k.grad))
+    assert results[0][1][1] > 0 and results[0][3] != 0
+    for result in results[1:]:
+        for a, b in zip(result, results[0]):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_few_compilations_serve_a_whole_training(fused):
     torch._dynamo.reset()
     neuron._compiled.cache_clear()

@@ -48,7 +48,7 @@ def settings(argv=None):
     g.add_argument("--arch", choices=models.ARCHS, default="resnet19", help="(default: %(default)s)")
     g.add_argument("--timesteps", type=count, default=4, metavar="T", help="time steps an image is shown for, or frames a recording of events is cut into (default: %(default)s)")
     g.add_argument("--width", type=count, default=64, help="channels of the stem: 64 is the published network, 8 one for a laptop (default: %(default)s)")
-    g.add_argument("--threshold", type=positive, default=1.0, help="initial threshold theta (default: %(default)s)")
+    g.add_argument("--threshold", type=positive, default=1.0, help="initial threshold theta; with another than 1 try --scale-currents (default: %(default)s)")
     g.add_argument("--tau", type=number(float, 1), default=2.0, help="initial membrane time constant in time steps (default: %(default)s)")
     g.add_argument("--mp-init", choices=("active", "all", "off"), default="active", help="start potentials at their running mean over the neurons that fired (the paper), over all neurons, or at 0 (default: %(default)s)")
     g.add_argument("--surrogate", choices=("trsg", "absolute"), default="trsg", help="threshold-robust surrogate gradient, or the naive window of fixed width (default: %(default)s)")
