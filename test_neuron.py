@@ -1575,6 +1575,12 @@ def test_a_resumed_run_must_keep_its_network_and_data(capsys, trained, flags, ex
     assert (trained / "last.pt").read_bytes() == before
 
 
+def test_where_there_are_no_file_locks_nobody_is_kept_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "fcntl", None)                     # as on Windows
+    with data.lock(tmp_path / "run", wait=False), data.lock(tmp_path / "run", wait=False):
+        pass
+
+
 def test_two_runs_do_not_write_into_one_folder(capsys, tiny, tmp_path):
     held = data.lock(tmp_path / "run", wait=False)
     fails(capsys, "train.py", [*tiny(), "--out", tmp_path / "run"], "another process is writing into")
