@@ -203,7 +203,7 @@ def scale_currents(model, threshold):
     """Let every BatchNorm start at weight theta instead of 1, in place (as in tdBN, Zheng et al. 2021). Returns the model.
 
     Input currents then have deviation theta at the start, and another initial threshold is a mere change of units. TrSG
-    does not notice it: a layer emits theta s, and the next BatchNorm divides by the theta that its own weight brings back.
+    does not notice it: a layer emits theta s, the next BatchNorm divides by that theta and multiplies by its weight.
     """
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
