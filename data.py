@@ -576,15 +576,15 @@ def find_recordings(name, folder, classes):
     for label, c in enumerate(classes):
         before, packed = len(found), folder / f"{c}.zip"
         if name == "nmnist":
-            paths = [p for part in ("Train", "Test") for p in (folder / part / c).glob("*.bin")]
+            paths = [p.as_posix() for part in ("Train", "Test") for p in (folder / part / c).glob("*.bin")]
         elif (folder / c).is_dir() or not packed.exists():
-            paths = (folder / c).glob("*.aedat")
+            paths = [p.as_posix() for p in (folder / c).glob("*.aedat")]
         else:
             try:
                 paths = [f"{packed}/{member}" for member in archive(str(packed), os.getpid()).namelist()]
             except (OSError, ValueError, zipfile.BadZipFile) as error:
                 raise UserError(f"{packed} is no readable zip archive ({first_line(error)}): download it again") from error
-        for path in (p if isinstance(p, str) else p.as_posix() for p in paths):
+        for path in paths:
             if number := re.search(r"/[^./]*?(\d+)\.(?:aedat|bin)$", path):           # an archive may hold other things
                 found.append((label, int(number[1]), path, read_events(path, 5 if name == "nmnist" else 8, look=True)))
         if len(found) == before:

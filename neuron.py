@@ -81,8 +81,8 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
 
     x          [T, ...]   input current, floating point
     v_init     membrane potential before the first step, 0-d or of the shape x[0] (same unit as x and threshold)
-    threshold  0-d, theta > 0
-    decay      0-d, k = 1 / tau in (0, 1)
+    threshold  theta > 0, 0-d or of a shape that expands to x[0]'s
+    decay      k = 1 / tau in (0, 1), likewise
     surrogate  "trsg" emits theta s;  "absolute", the naive form kept for comparison, emits s
 
     Returns (spikes, a list of T tensors [...] in x's dtype, v [...] the potential after the last step, fired [...] bool,

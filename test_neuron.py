@@ -245,7 +245,7 @@ def test_sums_over_rows_are_sums_over_the_layer(surrogate):
     """A GPU adds up row by row, a CPU all neurons at once."""
     torch.manual_seed(0)
     x, gradient, results = torch.randn(3, 96).double(), torch.randn(3, 96).double(), []
-    plain, compiled = neuron._lif_and_statistic, torch.compile(neuron._lif_and_statistic, options=neuron.compile_options())
+    plain, compiled = neuron._lif_and_statistic, neuron._compiled()
     for run, shape in ((plain, (3, 1, 96)), (plain, (3, 8, 12)), (plain, (3, 96, 1)), (compiled, (3, 8, 12))):
         current, theta, k = (v.clone().requires_grad_() for v in (x.view(shape), torch.tensor(0.7).double(), torch.tensor(0.4).double()))
         spikes, statistic = run(current, torch.tensor(0.1).double(), theta, k, surrogate, "active")

@@ -96,7 +96,7 @@ def settings(argv=None):
 
 
 def decide(s, given):
-    """Fill in, in place, what depends on other settings."""
+    """Fill in, in place, what depends on other settings. UserError for a flag that they leave without effect."""
     if "image_size" in given and s["dataset"] not in ("shapes", "folder", "imagenet"):
         raise UserError(f"--image-size is for shapes, folder and imagenet: {s['dataset']} has its own size, leave the flag out")
     recipe = SPIKFORMER_RECIPE if s["arch"] == "spikformer" else RESNET_RECIPE
