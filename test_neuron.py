@@ -414,6 +414,31 @@ def test_scaled_currents_make_the_threshold_a_unit(arch, surrogate, c):
         assert max(abs(math.log(b.norm() / a.norm())) for a, b in zip(gradients, gradients_c)) > 1
 
 
+@pytest.mark.parametrize("arch", ["resnet19", "spikformer"])
+def test_neurons_under_autocast_equal_the_oracle(arch):
+    """Convolutions and products in bfloat16, as on a GPU: what arrives at each neuron layer is integrated exactly all the same."""
+    torch.manual_seed(0)
+    model, seen, dtypes = models.build(arch, 10, 3, width=8, threshold=0.37, tau=1.7), {}, set()
+
+    def look(layer, inputs, spikes):
+        dtypes.add(inputs[0].dtype)
+        seen[layer] = [inputs[0], spikes.detach(), None, None]
+        inputs[0].register_hook(lambda g: seen[layer].__setitem__(2, g))
+        spikes.register_hook(lambda g: seen[layer].__setitem__(3, g))
+    for layer in neurons(model):
+        layer.register_forward_hook(look)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(4, 3, 32, 32))
+    F.cross_entropy(logits.float().mean(0), torch.arange(4)).backward()
+    assert dtypes == {torch.bfloat16} and len(seen) == len(neurons(model))
+    for layer, (x, spikes, gx, g) in seen.items():
+        x, spikes, gx, g = (v.detach().double().numpy() for v in (x, spikes, gx, g))
+        expected, _, _, expected_gx, _, _ = oracle(x, g, 0.0, layer.threshold.item(), layer.decay.item(), "trsg")
+        np.testing.assert_allclose(spikes, expected, rtol=2 ** -8)
+        np.testing.assert_allclose(gx, expected_gx, rtol=2e-2, atol=2e-2 * np.abs(expected_gx).max())
+    assert sum(spikes.count_nonzero().item() > 0 for _, spikes, _, _ in seen.values()) > len(seen) / 2
+
+
 @pytest.mark.parametrize("tau", [1.05, 1.4])
 @pytest.mark.parametrize("surrogate, threshold", [("trsg", 1.0), ("trsg", 0.3), ("absolute", 0.5)])
 @torch.no_grad()
@@ -1033,9 +1058,7 @@ def test_weight_decay_spares_thresholds_decays_and_batchnorm():
     assert slowed == {id(p) for n in neurons(model) for p in (n.raw_threshold, n.raw_decay)}
 
 
-# ---- looking inside --------------------------------------------------------------------------------------------------
-
-# ---- looking inside
+# ---- looking inside ----------------------------------------------------------------------------------------------------
 
 FOLDED = [("resnet19", 8, 32), ("resnet18", 8, 64), ("sew_resnet18", 8, 64), ("spikformer", 8, 32)]
 
