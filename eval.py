@@ -485,18 +485,19 @@ def main(argv=None):
         pyplot()                                         # missing? better said now than after the work
     if args.gradients is not None:
         gradients(args.gradients)
+    device = data.use_device(args.device)
     for number, path in enumerate(args.checkpoint, 1):
         checkpoint = load_checkpoint(path)
-        model = build_network(checkpoint, path).to(args.device, memory_format=data.memory_format(args.device))
+        model = build_network(checkpoint, path).to(device, memory_format=data.memory_format(device))
         network = checkpoint["network"]
         model.timesteps = args.timesteps or network["timesteps"]
-        dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(args.device)
+        dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(device)
         print(f"{path}: {network['arch']}, width {network['width']}, T = {dataset.frames or model.timesteps}, "
               f"{checkpoint['data']['name']}{f', split {dataset.split}' if dataset.split else ''}, epoch {checkpoint['epoch']}{', folded' if checkpoint.get('folded') else ''}")
         if args.fold or args.save_folded:
             if checkpoint.get("folded"):
                 raise UserError(f"{path} is folded already")
-            original, model = model, models.fold(model).to(memory_format=data.memory_format(args.device))
+            original, model = model, models.fold(model).to(memory_format=data.memory_format(device))
             compare_folded(original, model, take(dataset, args.batch_size, args.images))
         if args.save_folded:
             state = {**{k: checkpoint[k] for k in ("format", "network", "data", "epoch")}, "folded": True, "model": model.state_dict()}
@@ -525,6 +526,9 @@ def run(main, program):
         main()
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"{program}: error: out of memory, try a smaller --batch-size: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

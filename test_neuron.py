@@ -6,6 +6,7 @@ second process, an uninterrupted run.
 import math
 import os
 import pathlib
+import platform
 import shutil
 import signal
 import struct
@@ -1035,6 +1036,21 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(capsys, tiny, tmp
     assert cut("there") == cut("here")
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_on_a_cpu_the_memory_of_freed_tensors_is_used_again():
+    code = """import resource, torch, data
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2 ** 24)                                      # 64 MiB: 16,384 pages of 4 KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+at_first, device = faults(), data.use_device("cpu")
+faults()
+print(at_first, faults())"""
+    at_first, kept = map(int, python("-c", code).split())
+    assert kept < 100 and (at_first < 100 or at_first > 5 * 16000)       # small at first: the system uses huge pages
+
+
 @pytest.mark.parametrize("program", ["train.py", "eval.py"])
 def test_help_reads_well(program):
     text = python(program, "--help")
@@ -1342,12 +1358,23 @@ def test_missing_matplotlib_is_one_line(monkeypatch, capsys, args):
 
 
 @pytest.mark.parametrize("args, says", [([], "no checkpoint given"), (["a.pt", "b.pt", "--save-folded", "c.pt"], "takes one checkpoint"),
-                                        (["nowhere.pt"], "no such file"), (["nowhere.pt", "--images", "0"], "at least 1")])
+                                        (["nowhere.pt"], "no such file"), (["nowhere.pt", "--images", "0"], "at least 1"),
+                                        (["nowhere.pt", "--device", "nonsense"], "--device nonsense cannot be used here")])
 def test_mistakes_are_one_line(capsys, args, says):
     with pytest.raises(SystemExit) as left:
         evaluation.run(lambda: evaluation.main(args), "eval.py")
     err = capsys.readouterr().err
     assert left.value.code == 2 and len(err.splitlines()) == 1 and says in err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), MemoryError()])
+def test_too_little_memory_is_one_line(capsys, error):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as left:
+        evaluation.run(main, "train.py")
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and len(err.splitlines()) == 1 and "out of memory, try a smaller --batch-size" in err
 
 
 # ---- several processes -------------------------------------------------------------------------------------------------

@@ -210,14 +210,8 @@ def main(argv=None):
     decide(s, given)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *_, **__: None
-    try:
-        device = torch.device(s["device"])
-        if device.type == "cuda" and world > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {s['device']} cannot be used here: {data.first_line(error)}") from error
+    several_gpus = world > 1 and s["device"].startswith("cuda")
+    device = data.use_device(f"cuda:{os.environ['LOCAL_RANK']}" if several_gpus else s["device"])
     torch.manual_seed(s["seed"])
     torch.set_float32_matmul_precision("high")                   # TF32 where bfloat16 is off
     torch.backends.cudnn.benchmark = True
