@@ -108,7 +108,7 @@ def use_device(name):
         torch.zeros(1, device=device).item()
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:              # AssertionError: PyTorch was built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:                             # the last two: not in this PyTorch
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)        # glibc has it
     if mallopt and device.type == "cpu":

@@ -1518,7 +1518,7 @@ def fails(capsys, program, arguments, expected):
     ("--label-smoothing 1", "below 1"), ("--mixup -1", "at least 0"), ("--threshold 0", "above 0"), ("--threshold -1", "above 0"),
     ("--tau 1", "above 1"), ("--tau 0.5", "above 1"), ("--mp-init mean", "mean"), ("--surrogate atan", "atan"),
     ("--cutout -1", "at least 0"), ("--workers -1", "at least 0"), ("--seed -1", "at least 0"), ("--save-every 0", "above 0"),
-    ("--accumulate 3", "does not divide"), ("--device gpu", "--device gpu"), ("--optimizer lion", "lion"), ("--fast", "--fast"),
+    ("--accumulate 3", "does not divide"), ("--device gpu", "--device gpu"), ("--device hpu", "--device hpu cannot be used here"), ("--device meta", "--device meta cannot"), ("--optimizer lion", "lion"), ("--fast", "--fast"),
     ("--arch spikformer --width 6", "multiple of 4"), ("--near-identity", "needs a tau below 1.5, not 2"), ("--image-size 0", "at least 1"),
     ("--image-size 64", "cifar10 has its own size"), ("--resume auto", "--out"),
     ("--resume nowhere", "no such file"), ("--out /proc/run", "cannot write into /proc/run")])
