@@ -483,9 +483,9 @@ def main(argv=None):
     args, looks = arguments(argv), []
     if args.plot or args.gradients:
         pyplot()                                         # missing? better said now than after the work
+    device = data.use_device(args.device)
     if args.gradients is not None:
         gradients(args.gradients)
-    device = data.use_device(args.device)
     for number, path in enumerate(args.checkpoint, 1):
         checkpoint = load_checkpoint(path)
         model = build_network(checkpoint, path).to(device, memory_format=data.memory_format(device))
