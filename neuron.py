@@ -17,7 +17,7 @@ Two things go wrong when such a layer is trained directly, and each has a remedy
 TrSG (threshold-robust surrogate gradient). s[t] is a step function, whose derivative training must replace by that of
     something smooth, the surrogate. If its window has a fixed width around theta, gradients vanish or explode once a
     learnable theta drifts away from 1. TrSG takes the derivative with respect to r = h / theta, and emits theta s:
-    both factors of theta cancel, so gradients pass alike whatever theta is. See `Fire`.
+    both factors of theta cancel, so gradients pass alike whatever theta is. See `Emit`.
 MP-Init (membrane potential initialisation). Starting at v[0] = 0 gives the first time steps another distribution of
     potentials than the later ones ("temporal covariate shift"), and BatchNorm one set of statistics to serve both.
     The potential forgets its start and settles into a stationary law, so MP-Init starts at that law's mean, which
@@ -45,25 +45,25 @@ COMPILE = True
 CPU_COMPILE_FROM = 2 ** 16
 
 
-class Fire(torch.autograd.Function):
-    """Fire and emit: o = theta s with s = 1 if h >= theta else 0. Backward puts a surrogate in place of s's derivative.
+class Emit(torch.autograd.Function):
+    """Emit: o = theta where s is true, else 0. Backward takes s as a function of h and theta, by a surrogate derivative.
 
-    h, threshold  tensors of one shape; the result o has it too
-    surrogate     "trsg": s is taken as a function of r = h / theta, with ds/dr = 1 in the window |r - 1| <= 1/2, else 0
-                  "absolute", the naive form: as a function of h - theta, with slope 1 in the window |h - theta| <= 1/2
+    s          bool, which neurons fire: h >= threshold. h, threshold and the result o have its shape
+    surrogate  "trsg": s is taken as a function of r = h / theta, with ds/dr = 1 in the window |r - 1| <= 1/2, else 0
+               "absolute", the naive form: as a function of h - theta, with slope 1 in the window |h - theta| <= 1/2
     arXiv:2511.08708.
     """
 
     @staticmethod
-    def forward(ctx, h, threshold, surrogate):
-        ctx.save_for_backward(h, threshold)
+    def forward(ctx, s, h, threshold, surrogate):
+        ctx.save_for_backward(s, h, threshold)
         ctx.surrogate = surrogate
-        return threshold * (h >= threshold)
+        return torch.where(s, threshold, 0)
 
     @staticmethod
     def backward(ctx, gradient):
-        h, threshold = ctx.saved_tensors
-        s = (h >= threshold).to(h.dtype)
+        s, h, threshold = ctx.saved_tensors
+        s = s.to(h.dtype)
         if ctx.surrogate == "trsg":
             r = h * (1 / threshold)                              # one reciprocal serves all steps, and divisions are slow
             window = (r - 1).abs() <= 0.5
@@ -73,7 +73,7 @@ class Fire(torch.autograd.Function):
             window = (h - threshold).abs() <= 0.5
             do_dh = threshold * window                           # theta stays, and is multiplied up from step to step
             do_dthreshold = s - threshold * window
-        return gradient * do_dh, gradient * do_dthreshold, None
+        return None, gradient * do_dh, gradient * do_dthreshold, None
 
 
 def lif(x, v_init, threshold, decay, surrogate="trsg"):
@@ -96,10 +96,11 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     v, fired, spikes = v_init.to(dtype), False, []
     for x_t in x.unbind(0):
         h = v + decay * (x_t.to(dtype) - v)                      # charge  h[t] = v[t-1] + k (x[t] - v[t-1])
-        o = Fire.apply(h, threshold, surrogate)                  # emit    o[t] = theta s[t], s[t] = 1 if h[t] >= theta
+        s = h >= threshold                                       # fire    s[t] = 1 if h[t] >= theta else 0
+        o = Emit.apply(s, h, threshold, surrogate)               # emit    o[t] = theta s[t]
         v = h - o                                                # reset   v[t] = h[t] - theta s[t]
         spikes.append((o if surrogate == "trsg" else o / threshold).to(x.dtype))
-        fired = fired | (o > 0)
+        fired = fired | s
     return spikes, v, fired
 
 
@@ -116,8 +117,8 @@ def _lif_and_statistic(x, v_init, threshold, decay, surrogate, mp_init):
     if mp_init == "off":
         return spikes, None
     v = v.detach()
-    chosen = fired if mp_init == "active" else torch.ones_like(fired)
-    return spikes, torch.stack([(v * chosen).sum(1).sum(), chosen.sum(1).sum().to(v.dtype)])
+    chosen = fired.to(v.dtype) if mp_init == "active" else torch.ones_like(v)
+    return spikes, torch.stack([(v * chosen).sum(1).sum(), chosen.sum(1).sum()])
 
 
 def compile_options():
@@ -143,10 +144,12 @@ def _run(x, *args):
             return _compiled()(x, *args)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:                               # no C++ compiler or no Triton, for example
+        except (RuntimeError, ImportError, OSError) as error:    # no C++ compiler or no Triton, for example
+            result = _lif_and_statistic(x, *args)                # an error that is not the compiler's comes again here
             COMPILE = False
             warnings.warn("neuron.py: torch.compile does not work here, so the time loop runs operation by operation "
-                          f"(same results, slower): {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                          f"(same results, slower): {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return result
     return _lif_and_statistic(x, *args)
 
 
@@ -164,7 +167,8 @@ class TrLIF(nn.Module):
 
     forward: current [T, B, ...] -> spikes of the same shape, dtype and memory format, with values 0 or theta ("trsg"),
     or 0 or 1 ("absolute"). Raises TypeError for a current that is not floating point, ValueError for one without T
-    and B, with T = 0, or not finite (check). arXiv:2511.08708.
+    and B, with T = 0, or not finite (check). Train it outside of torch.utils.checkpoint, which would run it, and update
+    v_init, twice; it keeps only its input for the backward pass anyway. arXiv:2511.08708.
     """
 
     def __init__(self, threshold=1.0, tau=2.0, mp_init="active", surrogate="trsg", momentum=0.1, learnable=True,

@@ -284,6 +284,18 @@ def test_falls_back_to_the_plain_loop_with_one_warning(monkeypatch):
     assert len(caught) == 1 and torch.equal(first, second) and torch.equal(first, torch.stack(neuron.lif(x, *map(torch.tensor, (0., 1., .5)))[0]))
 
 
+def test_errors_that_are_not_the_compilers_leave_the_fused_loop_on(fused):
+    layer, x = TrLIF().eval(), torch.randn(3, 8, requires_grad=True)
+    layer.v_init = torch.zeros((), device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        layer(x)
+    layer.v_init = torch.tensor(0.2)
+    gradients = []
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):   # ends its second run by an exception
+        gradients.append(torch.autograd.grad(run(x).square().sum(), x)[0])
+    assert torch.equal(*gradients) and gradients[0].any() and neuron.COMPILE
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: TrLIF(threshold=0), "threshold must be above 0"),
     (lambda: TrLIF(threshold=float("nan")), "threshold must be above 0"),
