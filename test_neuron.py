@@ -1473,7 +1473,7 @@ while True:
         run(lambda: train.main(flags), "train.py")
         os._exit(0)
     if sent < times:
-        time.sleep(0.05 + random.uniform(0, 1.2) * seconds / times)     # 0.6 of the run is over when all are sent
+        time.sleep(0.05 + random.uniform(0, 0.8) * seconds / times)     # 0.4 of the run is over when all are sent
         os.kill(child, number)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == 0:
