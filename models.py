@@ -204,6 +204,7 @@ def scale_currents(model, threshold):
 
     Input currents then have deviation theta at the start, and another initial threshold is a mere change of units. TrSG
     does not notice it: a layer emits theta s, the next BatchNorm divides by that theta and multiplies by its weight.
+    Not so in spikformer's attention, where no BatchNorm follows the product of three spikes: it scales with theta^3.
     """
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -289,7 +290,9 @@ def fold(model):
     """
     model = copy.deepcopy(model).eval()
     layers = dict(model.named_modules())
-    theta = {name: layer.threshold for name, layer in layers.items() if isinstance(layer, TrLIF)}
+    # theta: the height of a layer's spikes, which "absolute" neurons emit as 1
+    theta = {name: layer.threshold if layer.surrogate == "trsg" else torch.ones_like(layer.threshold)
+             for name, layer in layers.items() if isinstance(layer, TrLIF)}
     for name, bn, sources in wiring(model)[0]:
         layer, (parent, _, last) = layers.get(name), name.rpartition(".")
         if layer is None:                                        # a shortcut: one connection, of weight theta, a channel
@@ -312,7 +315,8 @@ def fold(model):
         if isinstance(layer, SpikingSelfAttention):       # current, start and threshold divided alike: same spikes
             scale = math.prod(theta[f"{name}.{part}.lif"] for part in "qkv")
             layer.lif.v_init /= scale
-            layer.lif.raw_threshold.copy_((theta[f"{name}.lif"] / scale).expm1().log())      # the inverse of softplus
+            threshold = layer.lif.threshold / scale
+            layer.lif.raw_threshold.copy_(threshold + (-(-threshold).expm1()).log())         # the inverse of softplus
         if isinstance(layer, TrLIF):
             layer.surrogate = "absolute"                         # which emits s
         if hasattr(layer, "folded"):

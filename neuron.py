@@ -230,13 +230,14 @@ class TrLIF(nn.Module):
 
     @torch.no_grad()
     def _update_v_init(self, statistic):
-        """MP-Init: mu <- (1 - beta) mu + beta m, m the mean of v[T] over the chosen neurons; unchanged if none."""
+        """MP-Init: mu <- (1 - beta) mu + beta m, m the mean of v[T] over the chosen neurons; unchanged if
+        there are none, or their potentials are not finite."""
         if dist.is_available() and dist.is_initialized():        # every process sees a part of the batch: sum first,
             dist.all_reduce(statistic)                           # divide after, and N processes equal one
-        total, count = statistic.to(self.v_init.dtype)
-        beta = self.momentum * (count > 0).to(count.dtype)
+        total, count = statistic
+        new = self.v_init.to(total.dtype).lerp(total / count, self.momentum)         # NaN where none fired or an input was
         # A new tensor, not lerp_ in place: the backward pass still to come runs the loop again from the old value.
-        self.v_init = self.v_init.lerp(total / count.clamp(min=1), beta)
+        self.v_init = torch.where(new.isfinite(), new, self.v_init).to(self.v_init.dtype)
 
     def extra_repr(self):
         return (f"threshold={self.threshold.item():.4g}, tau={self.tau.item():.4g}, v_init={self.v_init.item():.4g}, "
