@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -231,7 +232,7 @@ class Streamed:
     def __init__(self, name, root, image_size, mean, std, workers=2):
         self.name, self.size, self.mean, self.std, self.workers = name, (image_size, image_size), mean, std, workers
         self.channels, self.frames, self.split, self.device = 3, None, None, torch.device("cpu")
-        self.folders = {split: image_folder(root, split) for split in ("train", "test")}
+        self.folders = same_classes(root)
         self.classes = self.folders["train"].classes
         self.indices = list(range(len(self.folders["train"])))
         self.augment = False
@@ -294,6 +295,14 @@ def image_folder(root, split):
         raise UserError(f"{path}: {first_line(error)}") from error
 
 
+def same_classes(root):
+    """{"train": ImageFolder, "test": ImageFolder} of a tree whose two parts have the same classes."""
+    folders = {split: image_folder(root, split) for split in ("train", "test")}
+    if odd := set(folders["train"].classes) ^ set(folders["test"].classes):
+        raise UserError(f"{root}: the class folders of training and test differ: {', '.join(sorted(odd)[:5])}")
+    return folders
+
+
 class _Decoded(torch.utils.data.Dataset):
     """(index, seed) -> (uint8 image [3, H, W], label), with the transform's draws taken from the seed."""
 
@@ -313,8 +322,15 @@ class _Decoded(torch.utils.data.Dataset):
 def image_loader(folder, transform, batches, workers, device=torch.device("cpu")):
     """torch's DataLoader over lists of (index, seed); a bad image gives UserError, from a worker process too."""
     loader = torch.utils.data.DataLoader(_Decoded(folder, transform), batch_sampler=batches, num_workers=workers,
-                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+                                         worker_init_fn=leave_signals)
     yield from every(loader)
+
+
+def leave_signals(_):
+    """Ctrl-C reaches worker processes too: they go on, so that the training process can finish its step and save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def every(loader):
@@ -336,10 +352,7 @@ def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split
     if name == "folder":
         if image_size > RESIDENT_UP_TO:
             return Streamed(name, root, image_size, *STATISTICS["imagenet"][:2], workers)
-        train, test = (image_folder(root, split) for split in ("train", "test"))
-        if train.classes != test.classes:
-            odd = sorted(set(train.classes) ^ set(test.classes))
-            raise UserError(f"{root}: the class folders of training and test differ: {', '.join(odd[:5])}")
+        train, test = same_classes(root).values()
         arrays = [decode(folder, image_size, workers) for folder in (train, test)]
         pixels = arrays[0][0].reshape(-1, 3)
         return Resident(name, *arrays, train.classes, (pixels.mean(0) / 255).tolist(),

@@ -461,6 +461,9 @@ def arguments(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     p.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, metavar="N", help="processes that decode large images (default: %(default)s)")
     args = p.parse_args(argv)
+    for flag, path in (("--gradients", args.gradients), ("--plot", args.plot)):      # the place of another file, perhaps
+        if path and not path.endswith(".png"):
+            p.error(f"{flag} writes a picture, and {path} does not end in .png")
     if not args.checkpoint and args.gradients is None or len(args.checkpoint) > 1 and args.save_folded:
         p.error("--save-folded takes one checkpoint" if args.checkpoint else "no checkpoint given")
     return args
@@ -528,6 +531,11 @@ def run(main, program):
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"{program}: error: out of memory, try a smaller --batch-size: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):            # a CPU's way to say it
+            raise
         print(f"{program}: error: out of memory, try a smaller --batch-size: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

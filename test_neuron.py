@@ -284,8 +284,25 @@ def test_falls_back_to_the_plain_loop_with_one_warning(monkeypatch):
     assert len(caught) == 1 and torch.equal(first, second) and torch.equal(first, torch.stack(neuron.lif(x, *map(torch.tensor, (0., 1., .5)))[0]))
 
 
+def test_a_batch_that_is_not_finite_leaves_the_start_alone():
+    layer, x = TrLIF(), torch.full((2, 5), 3.0)
+    layer(x)
+    start = layer.v_init
+    for bad in (math.inf, -math.inf, math.nan):
+        layer(torch.cat([x, torch.full((2, 1), bad)], 1))
+        assert torch.equal(layer.v_init, start) and start > 0
+
+
+def test_half_precision_layers_average_in_float32():
+    torch.manual_seed(0)
+    full, half, x = TrLIF(), TrLIF().half(), torch.randn(2, 64, 4096) + 1
+    full(x), half(x.half())
+    assert half.v_init.dtype == torch.float16 and half.v_init.item() == pytest.approx(full.v_init.item(), rel=1e-2)
+
+
 def test_errors_that_are_not_the_compilers_leave_the_fused_loop_on(fused):
-    layer, x = TrLIF().eval(), torch.randn(3, 8, requires_grad=True)
+    torch.manual_seed(0)
+    layer, x = TrLIF().eval(), torch.randn(3, 100, requires_grad=True)
     layer.v_init = torch.zeros((), device="meta")
     with pytest.raises(RuntimeError, match="meta"):
         layer(x)
@@ -1090,10 +1107,10 @@ def test_weight_decay_spares_thresholds_decays_and_batchnorm():
 FOLDED = [("resnet19", 8, 32), ("resnet18", 8, 64), ("sew_resnet18", 8, 64), ("spikformer", 8, 32)]
 
 
-def randomised(arch, width, timesteps=2, in_channels=3, num_classes=10, size=32, seed=0):
+def randomised(arch, width, timesteps=2, in_channels=3, num_classes=10, size=32, seed=0, surrogate="trsg"):
     """A network in float64 with every threshold, leak, start, scale, shift and running mean different, that fires in every layer."""
     torch.manual_seed(seed)
-    model = models.build(arch, num_classes, timesteps, in_channels, width).double()
+    model = models.build(arch, num_classes, timesteps, in_channels, width, surrogate=surrogate).double()
     for module in model.modules():
         if isinstance(module, TrLIF):
             nn.init.uniform_(module.raw_threshold, -1.0, 0.3)            # theta from 0.31 to 0.85
@@ -1239,9 +1256,15 @@ def real_images(n=1000):
     return (images - 0.48) / 0.27
 
 
+def test_folding_keeps_low_thresholds_of_attention_finite():
+    model = models.fold(models.build("spikformer", 10, 2, width=8, threshold=0.05))
+    assert model.attention[0].lif.threshold.item() == pytest.approx(0.5 * 0.05 / 0.05 ** 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("surrogate", ["trsg", "absolute"])
 @pytest.mark.parametrize("arch, width, size", FOLDED)
-def test_folding_changes_nothing(arch, width, size):
-    model = randomised(arch, width)
+def test_folding_changes_nothing(arch, width, size, surrogate):
+    model = randomised(arch, width, surrogate=surrogate)
     folded, x, sent = models.fold(model), real_images(), {}
 
     def check(name):
@@ -1266,7 +1289,7 @@ def test_folding_changes_nothing(arch, width, size):
             assert (a.argmax(2) == b.argmax(2)).all() and (a.mean(0).argmax(1) == b.mean(0).argmax(1)).all()
             assert a.std(1).min() > 0                                    # the images are told apart: spikes arrived
     assert sum(rate > 0 for rate in sent.values()) > 0.9 * len(sent), sent                               # spikes nearly everywhere
-    assert all((layer.surrogate == "trsg") for layer in evaluation.neurons_of(model).values())           # the original is untouched
+    assert all((layer.surrogate == surrogate) for layer in evaluation.neurons_of(model).values())           # the original is untouched
 
 
 def test_folding_in_float32_keeps_predictions():
@@ -1500,6 +1523,35 @@ def test_killed_or_terminated_runs_continue_bit_for_bit(tiny, tmp_path, number, 
     assert cut("whole") == cut("parts")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_of_another_device_continues_whatever_its_memory_format(capsys, tiny, tmp_path, optimizer):
+    flags = [*tiny(), "--optimizer", optimizer, "--lr", 0.01]
+    printed(capsys, train, *flags, "--epochs", 1, "--out", tmp_path / "cpu")
+    shutil.copytree(tmp_path / "cpu", tmp_path / "gpu")
+    saved = torch.load(tmp_path / "cpu/last.pt", weights_only=True)
+    for state in saved["optimizer"]["state"].values():           # as a GPU's run has it
+        state.update({k: v.contiguous(memory_format=torch.channels_last) for k, v in state.items() if v is not None and v.dim() == 4})
+    torch.save(saved, tmp_path / "gpu/last.pt")
+    for name in ("cpu", "gpu"):
+        printed(capsys, train, "--resume", tmp_path / name, "--epochs", 2)
+    assert same(weights(tmp_path / "cpu/last.pt"), weights(tmp_path / "gpu/last.pt"))
+    fails(capsys, "train.py", ["--resume", tmp_path / "cpu", "--optimizer", "adamw" if optimizer == "sgd" else "sgd"], f"has --optimizer {optimizer}")
+
+
+def test_pictures_do_not_overwrite_other_files(capsys, tmp_path):
+    (tmp_path / "last.pt").write_text("precious")
+    for flag in ("--gradients", "--plot"):
+        fails(capsys, "eval.py", [flag, tmp_path / "last.pt"], "does not end in .png")
+    assert (tmp_path / "last.pt").read_text() == "precious"
+
+
+def test_a_cpus_lack_of_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluation.run(lambda: torch.empty(2 ** 55), "train.py")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and "smaller --batch-size" in error
+
+
 def test_a_resumed_run_takes_new_recipe_flags_and_says_so(capsys, tiny, tmp_path):
     flags = tiny()
     printed(capsys, train, *flags, "--epochs", 1, "--out", tmp_path / "run")
@@ -1532,7 +1584,7 @@ def fails(capsys, program, arguments, expected):
     ("--accumulate 3", "does not divide"), ("--device gpu", "--device gpu"), ("--device hpu", "--device hpu cannot be used here"), ("--device meta", "--device meta cannot"), ("--optimizer lion", "lion"), ("--fast", "--fast"),
     ("--arch spikformer --width 6", "multiple of 4"), ("--near-identity", "needs a tau below 1.5, not 2"), ("--image-size 0", "at least 1"),
     ("--image-size 64", "cifar10 has its own size"), ("--resume auto", "--out"),
-    ("--resume nowhere", "no such file"), ("--out /proc/run", "cannot write into /proc/run")])
+    ("--sync-bn", "GPUs only"), ("--resume nowhere", "no such file"), ("--out /proc/run", "cannot write into /proc/run")])
 def test_flags_out_of_range(capsys, tiny, tmp_path, flags, expected):
     flags = flags.split()
     out = [] if "--resume" in flags or "--out" in flags else ["--out", tmp_path / "run"]

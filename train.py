@@ -37,7 +37,7 @@ RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, la
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
                          neuron_rate=1.0)
 # What a resumed run may not change: another network, other data, or a start that lies behind it.
-FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "near_identity", "scale_currents", "dvs_split", "bin_by", "classes")
+FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "near_identity", "scale_currents", "optimizer", "dvs_split", "bin_by", "classes")
 
 
 def settings(argv=None):
@@ -209,6 +209,8 @@ def main(argv=None):
     out, checkpoint, s, changed = open_run(s, given)
     decide(s, given)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if s["sync_bn"] and not s["device"].startswith("cuda"):
+        raise UserError("--sync-bn works on GPUs only: leave it out")
     say = print if rank == 0 else lambda *_, **__: None
     several_gpus = world > 1 and s["device"].startswith("cuda")
     device = data.use_device(f"cuda:{os.environ['LOCAL_RANK']}" if several_gpus else s["device"])
@@ -264,6 +266,8 @@ def main(argv=None):
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{out / 'last.pt'} does not fit these settings: {data.first_line(error)}") from error
+        for parameter, state in optimizer.state.items():         # channels_last on a GPU, and not on a CPU: as the weights here
+            state.update({k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if k != "step" and v is not None})
         for group, fresh in zip(optimizer.param_groups, make_optimizer(model, s).param_groups):
             group.update(weight_decay=fresh["weight_decay"], rate=fresh["rate"])              # a flag given anew counts
         scaler.load_state_dict(checkpoint["scaler"])
@@ -303,7 +307,7 @@ def main(argv=None):
         done = epoch * steps + step
         return duration((time.perf_counter() - start) * (s["epochs"] * steps - done) / max(done - done_before, 1))
 
-    def stop_if_bad(x):
+    def stop_if_bad(x):                                          # several processes: all of them after the same step
         if not math.isfinite(totals[0].item()) or scaler.get_scale() != 1:
             layer = first_bad_layer(model, x)
             kept = f"{out / 'last.pt'} holds the last good state" if (out / "last.pt").exists() else "nothing was saved yet"
@@ -311,7 +315,7 @@ def main(argv=None):
                             f"{rate:.3g}; first layer with such values: {layer}; {kept}; try a lower --lr")
 
     interrupt, start = Interrupt(), time.perf_counter()
-    saved, printed, stopping = start, start, 0
+    saved, printed = start, start
     done_before = epoch * steps + step
     while epoch < s["epochs"]:
         model.train()
@@ -334,16 +338,19 @@ def main(argv=None):
             now = time.perf_counter()
             if now - printed > 10:                               # the only time the host waits for the device in an epoch
                 printed = now
-                stop_if_bad(x)
+                if world == 1:
+                    stop_if_bad(x)
                 say(f"  epoch {epoch + 1}/{s['epochs']}, step {step}/{steps}: loss {totals[0] / totals[2]:.3f}, accuracy {100 * totals[1] / totals[2]:.1f} %, "
                     f"{(step - first_step) * s['batch_size'] / (now - epoch_start):.0f} images/s, {time_left()} left", flush=True)
-            if world > 1 and step % 10 == 0:                     # all processes have to stop after the same step
-                dist.all_reduce(stop := torch.tensor(interrupt.signal or 0, device=device), dist.ReduceOp.MAX)
-                stopping = stop.item()
-            elif world == 1:
-                stopping = interrupt.signal
-            if stopping or now - saved > 60 * s["save_every"]:
+            stopping, due = interrupt.signal, now - saved > 60 * s["save_every"]
+            if world > 1 and (step % 10 == 0 or step == steps):  # all processes have to stop, and to save, after the same step
+                dist.all_reduce(agreed := torch.tensor([stopping or 0, due], device=device), dist.ReduceOp.MAX)
+                stopping, due = agreed.tolist()
+            elif world > 1:
+                continue
+            if world > 1 or stopping or due:
                 stop_if_bad(x)
+            if stopping or due:
                 if rank == 0:
                     save("last.pt")
                 saved = time.perf_counter()
@@ -353,6 +360,8 @@ def main(argv=None):
         stop_if_bad(x)
         if world > 1:
             dist.all_reduce(totals)
+            for buffer in model.buffers():                       # BatchNorm's statistics are each process's own: evaluate
+                dist.broadcast(buffer, 0)                        # the network that is saved
         train_seconds = time.perf_counter() - epoch_start
         loss, right, images = totals.tolist()
         test = evaluate(model, dataset.test(s["batch_size"] // world, rank, world), s["amp"])
