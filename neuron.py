@@ -215,7 +215,7 @@ class TrLIF(nn.Module):
             raise ValueError("TrLIF's input current holds NaN or infinity")
 
         # Neurons do not interact, so the loop sees them as [T, rows, columns], listed as they lie in memory: contiguous
-        # and channels_last inputs are both views, and one compiled kernel serves every shape.
+        # and channels_last inputs are both views, and shapes share their compiled kernels.
         order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
         if not x.permute(0, *order)[0].is_contiguous():
             order, x = list(range(1, x.dim())), x.contiguous()
