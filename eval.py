@@ -530,11 +530,8 @@ def run(main, program):
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"{program}: error: out of memory, try a smaller --batch-size: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):            # a CPU's way to say it
+    except (MemoryError, RuntimeError) as error:                 # on a CPU PyTorch has no exception of its own for it
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         print(f"{program}: error: out of memory, try a smaller --batch-size: {first_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -36,7 +36,8 @@ from eval import FORMAT, evaluate, load_checkpoint, number, parser, run
 RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain", neuron_rate=0.1)
 SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
                          neuron_rate=1.0)
-# What a resumed run may not change: another network, other data, or a start that lies behind it.
+# What a resumed run may not change: another network, other data, a start that lies behind it, or the
+# optimizer, whose state goes on.
 FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "near_identity", "scale_currents", "optimizer", "dvs_split", "bin_by", "classes")
 
 
@@ -103,6 +104,8 @@ def decide(s, given):
     for name, value in recipe.items():
         s[name] = value if s[name] is None else s[name]
     on_cuda = s["device"].startswith("cuda")
+    if s["sync_bn"] and not on_cuda:
+        raise UserError("--sync-bn works on GPUs only: leave it out")
     s["amp"] = on_cuda if s["amp"] is None else s["amp"]
     s["image_size"] = s["image_size"] or (224 if s["dataset"] == "imagenet" else 32)
 
@@ -194,12 +197,12 @@ class Interrupt:
     """Remembers SIGTERM and SIGINT, so that the training loop can finish its step and save."""
 
     def __init__(self):
-        self.signal, self.process = None, os.getpid()
+        self.signal = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        if self.signal is not None or os.getpid() != self.process:   # asked twice, or a loader's worker: leave at once
+        if self.signal is not None:                              # asked twice: leave at once
             sys.exit(128 + number)
         self.signal = number
 
@@ -209,8 +212,6 @@ def main(argv=None):
     out, checkpoint, s, changed = open_run(s, given)
     decide(s, given)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if s["sync_bn"] and not s["device"].startswith("cuda"):
-        raise UserError("--sync-bn works on GPUs only: leave it out")
     say = print if rank == 0 else lambda *_, **__: None
     several_gpus = world > 1 and s["device"].startswith("cuda")
     device = data.use_device(f"cuda:{os.environ['LOCAL_RANK']}" if several_gpus else s["device"])
@@ -343,11 +344,11 @@ def main(argv=None):
                 say(f"  epoch {epoch + 1}/{s['epochs']}, step {step}/{steps}: loss {totals[0] / totals[2]:.3f}, accuracy {100 * totals[1] / totals[2]:.1f} %, "
                     f"{(step - first_step) * s['batch_size'] / (now - epoch_start):.0f} images/s, {time_left()} left", flush=True)
             stopping, due = interrupt.signal, now - saved > 60 * s["save_every"]
-            if world > 1 and (step % 10 == 0 or step == steps):  # all processes have to stop, and to save, after the same step
+            if world > 1:                                        # all processes have to stop, and to save, after the same step
+                if step % 10 and step < steps:
+                    continue
                 dist.all_reduce(agreed := torch.tensor([stopping or 0, due], device=device), dist.ReduceOp.MAX)
                 stopping, due = agreed.tolist()
-            elif world > 1:
-                continue
             if world > 1 or stopping or due:
                 stop_if_bad(x)
             if stopping or due:
