@@ -327,17 +327,20 @@ def image_loader(folder, transform, batches, workers, device=torch.device("cpu")
     yield from every(loader)
 
 
-def leave_signals(_):
-    """Ctrl-C reaches worker processes too: they go on, so that the training process can finish its step and save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_signals(_, grace=30):
+    """Ctrl-C and a batch system's SIGTERM reach worker processes too: these go on, so that the training process can
+    finish its step and save. SIGTERM ends them `grace` seconds later, else a parent that leaves would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(grace))
 
 
 def every(loader):
     try:
         yield from loader
-    except UserError as error:                                   # the loader prepends the worker's traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")) from None
+    except UserError as error:
+        error.__traceback__ = None                               # it holds the loader, whose workers end with it
+        message = str(error).strip().splitlines()[-1]            # the loader prepends the worker's traceback
+        raise UserError(message.removeprefix("data.UserError: ")) from None
 
 
 def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split="first100", bin_by="count"):

@@ -4,6 +4,7 @@ They compare with something independent: a NumPy oracle whose backward pass is d
 second process, an uninterrupted run.
 """
 import math
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -12,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -941,6 +943,21 @@ def test_an_error_of_a_worker_process_is_one_line(tmp_path):
     (tmp_path / "cifar10-dvs/dog/cifar10_dog_1.aedat").write_bytes(pack([5, 0x12345], [1, 2]))        # seen only when read
     with pytest.raises(data.UserError, match=r"^[^\n]*dog_1.aedat holds the address 0x12345[^\n]*$"):
         data.load("cifar10-dvs", tmp_path, dvs_split="random", workers=2)
+    assert not multiprocessing.active_children()        # left behind, they would keep this process from ending
+
+
+def test_worker_processes_outlive_a_signal_to_the_group_but_not_for_ever():
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    worker = fork.Process(target=lambda: (data.leave_signals(0, grace=2), ready.set(), time.sleep(60)))
+    worker.start()
+    assert ready.wait(30)
+    os.kill(worker.pid, signal.SIGINT)
+    worker.terminate()
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGALRM
 
 
 def test_a_killed_preparation_leaves_no_half_array_and_goes_on(tmp_path, monkeypatch):
