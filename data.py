@@ -18,6 +18,7 @@ continues exactly, and N processes that share a batch see what one process would
 """
 import ctypes
 import functools
+import http.client
 import os
 import pathlib
 import re
@@ -371,8 +372,7 @@ def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split
         train, test = (draw_shapes(n, seed, image_size) for n, seed in ((8000, 1), (1000, 2)))
         return Resident(name, train, test, SHAPES, mean, std)
     folder = root / name
-    if not all((folder / f"{split}_{kind}.npy").exists() for split in ("train", "test") for kind in ("images", "labels")):
-        download_cifar(name, root)
+    download_cifar(name, root)
     train, test = (read_arrays(folder, split, (32, 32, 3), classes) for split in ("train", "test"))
     return Resident(name, train, test, [str(c) for c in range(classes)], mean, std)
 
@@ -403,18 +403,26 @@ def write_arrays(folder, split, images, labels, suffix=""):
 
 
 def download_cifar(name, root):
-    """Let torchvision download and verify the original into root, and write the prepared arrays."""
+    """Unless the prepared arrays are there, let torchvision download and verify the original into root, and write them."""
     original, unpacked = ((torchvision.datasets.CIFAR10, "cifar-10-batches-py") if name == "cifar10" else
                           (torchvision.datasets.CIFAR100, "cifar-100-python"))
-    try:
-        for split in ("train", "test"):
-            part = original(root, train=split == "train", download=True)
-            write_arrays(root / name, split, part.data, np.array(part.targets, np.uint8))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{name} is not in {root} and cannot be downloaded ({first_line(error)}). Put {original.filename} (from "
-            f"{original.url}) or its folder {unpacked} into {root}, or prepared arrays "
-            f"{{train,test}}_{{images,labels}}.npy into {root / name}") from error
+
+    def ready():
+        return all((root / name / f"{split}_{kind}.npy").exists() for split in ("train", "test") for kind in ("images", "labels"))
+    if ready():                          # a folder that can only be read will do
+        return
+    with lock(root / name, wait=True):   # of several processes one downloads
+        if ready():
+            return
+        try:
+            for split in ("train", "test"):
+                part = original(root, train=split == "train", download=True)
+                write_arrays(root / name, split, part.data, np.array(part.targets, np.uint8))
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise UserError(
+                f"{name} is not in {root} and cannot be downloaded ({first_line(error)}). Put {original.filename} (from "
+                f"{original.url}) or its folder {unpacked} into {root}, or prepared arrays "
+                f"{{train,test}}_{{images,labels}}.npy into {root / name}") from error
 
 
 def decode(folder, size, workers):

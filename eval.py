@@ -182,9 +182,12 @@ def operations(model, counts, images):
 
     for name, _, sources in synapses:
         arrived = [counts[pooled[s]].cpu() if s in pooled else counts[s].sum(0).cpu() for s in sources] or [counts["events"].cpu()]
-        fan = fan_out(layers.get(name), arrived[0].shape[1:])
-        row(name, sum(a.sum() for a in arrived), sum((a * fan).sum() for a in arrived), 0 if sources else (counts["analog"].cpu() * fan).sum(),
-            0 if name.endswith("shortcut") else (torch.ones_like(arrived[0]) * fan).sum())
+        one = arrived[0]
+        fan = fan_out(layers.get(name), one.shape[1:])
+        # A conventional head meets the mean over places, [C, H, W] or [N, D]; a plain shortcut only adds.
+        places = one[0].numel() if one.dim() == 3 else len(one)
+        dense = 0 if name.endswith("shortcut") else (torch.ones_like(one) * fan).sum() / (places if name == "head" else 1)
+        row(name, sum(a.sum() for a in arrived), sum((a * fan).sum() for a in arrived), 0 if sources else (counts["analog"].cpu() * fan).sum(), dense)
     for name, layer in layers.items():
         if isinstance(layer, models.SpikingSelfAttention):
             q, k, v = (counts[f"{name}.{part}.lif"] for part in "qkv")                      # [T, N, D]

@@ -132,7 +132,21 @@ def compile_options():
 @functools.cache
 def _compiled():
     # dynamic=True: the number of neurons is an argument of the kernel, so that every layer and batch size share it.
-    return torch.compile(_lif_and_statistic, dynamic=True, options=compile_options())
+    # A kernel for each T, dtype and mode is still needed: more than the 8 after which torch would stop compiling.
+    compiled = torch.compile(_lif_and_statistic, dynamic=True, options=compile_options())
+    return torch._dynamo.config.patch(recompile_limit=64)(compiled)
+
+
+class _NotAView(torch.autograd.Function):
+    """The identity. torch.compile makes a kernel for every kind of tensor that a view is of: it sees none of them so."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 def _run(x, *args):
@@ -141,7 +155,7 @@ def _run(x, *args):
     pays = x.device.type != "cpu" or x.numel() >= CPU_COMPILE_FROM
     if COMPILE and pays and not torch.compiler.is_compiling():   # inside a compiled network the loop fuses anyway
         try:
-            return _compiled()(x, *args)
+            return _compiled()(_NotAView.apply(x), *args)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError, OSError) as error:    # no C++ compiler or no Triton, for example

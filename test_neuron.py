@@ -3,16 +3,22 @@
 They compare with something independent: a NumPy oracle whose backward pass is derived by hand, a lemma of the paper, a
 second process, an uninterrupted run.
 """
+import concurrent.futures
+import functools
+import hashlib
+import http.server
 import math
 import multiprocessing
 import os
 import pathlib
+import pickle
 import platform
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -21,6 +27,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 
 import data
 import eval as evaluation
@@ -259,16 +266,26 @@ def test_sums_over_rows_are_sums_over_the_layer(surrogate):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_few_compilations_serve_a_whole_training(fused):
+@pytest.mark.parametrize("arch", ["resnet19", "spikformer"])     # 17 layers of 5 shapes; 33 layers whose currents are views of many kinds
+def test_few_compilations_serve_a_whole_training(fused, arch):
     torch._dynamo.reset()
     neuron._compiled.cache_clear()
     torch._dynamo.utils.counters.clear()
-    model = models.build("resnet19", 10, timesteps=2, width=4)
-    for batch in (8, 8, 5, 3):                                   # 17 layers of 5 shapes, batches of 3 sizes, both modes
+    model = models.build(arch, 10, timesteps=2, width=4)
+    for batch in (8, 8, 5, 3):                                   # batches of 3 sizes, both modes
         model.train()(torch.randn(batch, 3, 32, 32)).sum().backward()
         with torch.no_grad():
             model.eval()(torch.randn(batch, 3, 32, 32))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+def test_many_time_steps_in_one_process_all_run_fused(fused):
+    torch._dynamo.reset()
+    neuron._compiled.cache_clear()
+    torch._dynamo.utils.counters.clear()
+    for T in range(2, 12):
+        TrLIF()(torch.randn(T, 3, 5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10     # torch alone would stop compiling at 8
 
 
 def test_falls_back_to_the_plain_loop_with_one_warning(monkeypatch):
@@ -653,6 +670,41 @@ def image_tree(root, sizes=((40, 50), (64, 64)), n=3, modes=("RGB", "L", "RGBA",
                 Image.fromarray(pixels.astype(np.uint8)).convert(modes[i % len(modes)]).save(
                     root / split / name / f"{i}.{('png', 'webp')[i % 2 if modes[i % len(modes)] != 'P' else 0]}")
     return root
+
+
+def test_cifar_is_downloaded_once_and_prepared(tmp_path, monkeypatch):
+    """The original's format, from a server of our own: an archive of pickled dicts of flattened planes, with its checksums."""
+    rng, folder, sums = np.random.default_rng(0), tmp_path / "served/cifar-100-python", {}
+    folder.mkdir(parents=True)
+    images, labels = rng.integers(0, 256, (7, 32, 32, 3), dtype=np.uint8), [0, 99, 3, 4, 5, 6, 7]
+    for name, content in (("train", {"data": images.transpose(0, 3, 1, 2).reshape(7, -1), "fine_labels": labels}),
+                          ("test", {"data": images[:2].transpose(0, 3, 1, 2).reshape(2, -1), "fine_labels": labels[:2]}),
+                          ("meta", {"fine_label_names": [str(c) for c in range(100)]})):
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    archive = shutil.make_archive(str(tmp_path / "served/cifar-100-python"), "gztar", folder.parent, folder.name)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder.parent))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    address = f"http://127.0.0.1:{server.server_port}"
+    for key, value in dict(url=f"{address}/cifar-100-python.tar.gz", tgz_md5=hashlib.md5(pathlib.Path(archive).read_bytes()).hexdigest(),
+                           train_list=[["train", sums["train"]]], test_list=[["test", sums["test"]]],
+                           meta={"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]}).items():
+        monkeypatch.setattr(torchvision.datasets.CIFAR100, key, value)
+    made, original = [], torchvision.datasets.CIFAR100.__init__
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "__init__", lambda self, *a, **k: made.append(k["train"]) or original(self, *a, **k))
+    with concurrent.futures.ThreadPoolExecutor() as two:         # both find nothing, one downloads and the other waits for it
+        a, b = two.map(lambda _: data.load("cifar100", tmp_path / "data"), range(2))
+    assert made == [True, False]
+    for dataset in (a, b):
+        x, y = next(iter(dataset.test(2)))
+        expected = (torch.tensor(images[:2]).permute(0, 3, 1, 2) / 255 - torch.tensor(dataset.mean).view(3, 1, 1)) / torch.tensor(dataset.std).view(3, 1, 1)
+        torch.testing.assert_close(x, expected)
+        assert y.tolist() == [0, 99] and len(dataset) == 7
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", f"{address}/nowhere.tar.gz")
+    with pytest.raises(data.UserError, match=r"^cifar100 is not in [^\n]* cannot be downloaded [^\n]*nowhere.tar.gz[^\n]*$"):
+        data.load("cifar100", tmp_path / "other")
+    server.shutdown()
 
 
 @pytest.mark.parametrize("size", [24, 112])
@@ -1247,6 +1299,7 @@ def test_operations_count_every_spike_of_a_folded_network(arch, width, size, eve
                 expected *= {"resnet19": 64, "spikformer": 64}.get(arch, (size // 32) ** 2)
             if rows[name]["acs"] or events:
                 assert rows[name]["acs"] == pytest.approx(expected, rel=1e-12) and rows[name]["macs"] == 0
+        assert rows["head"]["dense"] == model.head.weight.numel()        # a conventional head reads each mean once
     stem = next(iter(rows.values()))
     assert (stem["macs"] == 0) == events and (events or stem["macs"] == stem["dense"])
 
@@ -1483,6 +1536,33 @@ def test_two_processes_train_as_one_and_count_every_test_image_once(capsys, tiny
     counted = printed(capsys, evaluation, tmp_path / "two/last.pt", "--data-dir", flags[flags.index("--data-dir") + 1], "--batch-size", 5)
     assert "of 17 images" in counted
     assert float(counted.split("top-1 ")[1].split()[0]) == pytest.approx(100 * float(row[5]), abs=0.006)
+
+
+# Two processes of a run: one of them gets SIGTERM in step 5 of 16, both stop after the 10th.
+STOPPED = '''
+import os, signal, sys, train
+from eval import run
+rate = train.learning_rate
+def stopping(step, *others):
+    if step == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return rate(step, *others)
+train.learning_rate = stopping
+try:
+    run(lambda: train.main(sys.argv[1:]), "train.py")
+except SystemExit as stopped:
+    assert stopped.code == 128 + signal.SIGTERM, stopped.code
+'''
+
+
+def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
+    flags = tiny() + ["--epochs", "1", "--batch-size", "4"]
+    (tmp_path / "program.py").write_text(STOPPED)
+    torchrun(2, "train.py", *flags, "--out", tmp_path / "unbroken")
+    assert "after step 10" in torchrun(2, tmp_path / "program.py", *flags, "--out", tmp_path / "resumed", PYTHONPATH=str(HERE))
+    torchrun(2, "train.py", "--resume", tmp_path / "resumed")
+    a, b = ((tmp_path / name / "log.csv").read_text().splitlines()[1].split(",")[:6] for name in ("unbroken", "resumed"))
+    assert a == b                                                # all but the times: loss and accuracy over both parts of the epoch
 
 
 # ---- interruptions, bad input, long runs -------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def main(argv=None):
             group.update(weight_decay=fresh["weight_decay"], rate=fresh["rate"])              # a flag given anew counts
         scaler.load_state_dict(checkpoint["scaler"])
         epoch, step, best, rows, spent = (checkpoint[k] for k in ("epoch", "step", "best", "rows", "seconds"))
-        totals = checkpoint["totals"].to(device)
+        totals = checkpoint["totals"].to(device) * (rank == 0)
         step = min(step * checkpoint["settings"]["batch_size"] // s["batch_size"], steps)
     neuron.COMPILE = s["compile"] is not False
     trained = model
@@ -352,6 +352,9 @@ def main(argv=None):
             if world > 1 or stopping or due:
                 stop_if_bad(x)
             if stopping or due:
+                if world > 1:                                    # the checkpoint holds the sums of all, for one to go on with
+                    dist.all_reduce(totals)
+                    totals *= rank == 0
                 if rank == 0:
                     save("last.pt")
                 saved = time.perf_counter()
