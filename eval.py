@@ -49,6 +49,8 @@ def load_checkpoint(path):
         raise UserError(f"{path} cannot be read as a checkpoint, it may be truncated: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of train.py ('format' is not {FORMAT!r})")
+    if missing := {"network", "model", "data", "epoch"} - set(checkpoint):
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: not as train.py wrote it")
     return checkpoint
 
 
@@ -530,7 +532,7 @@ def run(main, program):
     """Call main(); an expected failure becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:                        # OSError: a name too long, a folder without access, ...
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:                 # on a CPU PyTorch has no exception of its own for it

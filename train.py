@@ -11,6 +11,7 @@ Ctrl-C or SIGTERM finishes the step, saves and leaves; the same command with --r
 import argparse
 import contextlib
 import csv
+import datetime
 import io
 import math
 import os
@@ -78,7 +79,7 @@ def settings(argv=None):
     g.add_argument("--label-smoothing", type=number(float, 0, 1, or_equal=True), help="(by arch)")
     g.add_argument("--mixup", type=at_least_0, help="alpha of mixup's Beta distribution, 0 for no mixup (by arch)")
     g.add_argument("--augment", choices=("plain", "trivial"), help="of training images: shifts (above 96 pixels random resized crops) and flips, or TrivialAugment as well (by arch)")
-    g.add_argument("--seed", type=number(int, 0, or_equal=True), default=0, help="(default: %(default)s)")
+    g.add_argument("--seed", type=number(int, 0, 2 ** 63, or_equal=True), default=0, help="(default: %(default)s)")
     g = p.add_argument_group("machine and run")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="convolutions in bfloat16 (default: on CUDA)")
@@ -93,6 +94,8 @@ def settings(argv=None):
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("resume") == "auto" and "out" not in given:
         p.error("--resume auto needs --out DIR")
+    if given.get("resume", "auto") != "auto" and given.get("out", given["resume"]) != given["resume"]:
+        p.error(f"--resume {given['resume']} goes on in that folder: leave --out out")
     return {**defaults, **given}, given
 
 
@@ -100,6 +103,8 @@ def decide(s, given):
     """Fill in, in place, what depends on other settings. UserError for a flag that they leave without effect."""
     if "image_size" in given and s["dataset"] not in ("shapes", "folder", "imagenet"):
         raise UserError(f"--image-size is for shapes, folder and imagenet: {s['dataset']} has its own size, leave the flag out")
+    if given.get("augment") == "trivial" and s["dataset"] in data.SENSORS:
+        raise UserError(f"--augment trivial is for images: leave it out with {s['dataset']}")
     recipe = SPIKFORMER_RECIPE if s["arch"] == "spikformer" else RESNET_RECIPE
     for name, value in recipe.items():
         s[name] = value if s[name] is None else s[name]
@@ -115,6 +120,8 @@ def open_run(s, given):
     if s["resume"] and (s["resume"] != "auto" or (pathlib.Path(s["out"]) / "last.pt").exists()):
         out = pathlib.Path(s["out"] if s["resume"] == "auto" else s["resume"])
         checkpoint = load_checkpoint(out / "last.pt")
+        if "settings" not in checkpoint:
+            raise UserError(f"{out / 'last.pt'} holds a folded network, which is for evaluation: resume a run that train.py wrote")
         for name in FIXED:
             if name in given and given[name] != checkpoint["settings"].get(name):
                 raise UserError(f"the run in {out} has --{name.replace('_', '-')} {checkpoint['settings'].get(name)}, not {given[name]}: "
@@ -202,7 +209,7 @@ class Interrupt:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        if self.signal is not None:                              # asked twice: leave at once
+        if self.signal is not None and number == signal.SIGINT:  # asked twice: leave at once. Batch systems send SIGTERM twice
             sys.exit(128 + number)
         self.signal = number
 
@@ -213,6 +220,8 @@ def main(argv=None):
     decide(s, given)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *_, **__: None
+    if world > 1 and (missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)):
+        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set: start with torchrun, or unset WORLD_SIZE")
     several_gpus = world > 1 and s["device"].startswith("cuda")
     device = data.use_device(f"cuda:{os.environ['LOCAL_RANK']}" if several_gpus else s["device"])
     torch.manual_seed(s["seed"])
@@ -220,7 +229,8 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True
 
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # An hour, because the first process may have to prepare the data while the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
         if rank > 0:
             dist.barrier()                                       # the first process downloads or prepares the data alone
     dataset = data.load(s["dataset"], s["data_dir"], s["image_size"], s["workers"], s["timesteps"], s["dvs_split"], s["bin_by"])
@@ -235,6 +245,8 @@ def main(argv=None):
     s["batch_size"] = s["batch_size"] or (64 if len(dataset) >= 20000 else 32 if len(dataset) >= 5000 else 16)
     if s["batch_size"] % (world * s["accumulate"]):
         raise UserError(f"--batch-size {s['batch_size']} does not divide by {world} processes x --accumulate {s['accumulate']}")
+    if s["batch_size"] * s["timesteps"] == world * s["accumulate"]:
+        raise UserError("BatchNorm cannot learn from one image at one time step: use a larger --batch-size or more --timesteps")
     steps = len(dataset) // s["batch_size"]
     if steps == 0:
         raise UserError(f"--batch-size {s['batch_size']} is larger than the data set of {len(dataset)} training images")
