@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data
 import models
 from data import UserError, first_line
-from neuron import TrLIF
+from neuron import TrLIF, lif
 
 FORMAT = "MP-Init + TrSG checkpoint 1"
 PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9                                 # energy of a 32-bit multiply-accumulate, accumulate: 45 nm CMOS
@@ -208,11 +208,11 @@ def potentials(model, batches, T, steps, v_init=None):
     model.timesteps = steps
 
     def at_neurons(histogram):
-        def hook(layer, inputs, spikes):                         # knowing when a neuron fired, its potential is two operations a step
+        def hook(layer, inputs, _):
             v, theta, k = layer.v_init, layer.threshold, layer.decay
-            scale, taken = BINS_PER_THRESHOLD / theta, spikes if layer.surrogate == "trsg" else theta * spikes
-            for t, (x, o) in enumerate(zip(inputs[0], taken)):
-                v = torch.lerp(v, x, k).sub_(o)                  # v[t] = v[t-1] + k (x[t] - v[t-1]) - theta s[t]
+            scale = BINS_PER_THRESHOLD / theta
+            for t in range(steps):                               # the neuron again, a step at a time, for its potentials
+                _, v, _ = lif(inputs[0][t:t + 1], v, theta, k, layer.surrogate)
                 if t < T or t >= steps - T:                      # beyond the range: in the last bin
                     bins = (v * scale).add_(BINS / 2).clamp_(0, BINS - 1).int()
                     histogram[min(t, T)] += torch.bincount(bins.flatten(), minlength=BINS)

@@ -13,8 +13,8 @@ and running means.
     sew_resnet18, sew_resnet34      the same, each block firing before its shortcut is added (Fang et al. 2021, "ADD")
     spikformer                      Spikformer-4-384 (Zhou et al. 2023): convolutional patches, spiking self attention
 
-Values that travel: between the layers of a resnet 0 or theta, nothing else. In sew_resnet* and spikformer the residual
-streams add the spikes of several layers, each with its own theta; all other tensors there are 0 or theta too.
+Values that travel: between the layers of a resnet 0 or theta, nothing else (the head reads their means). In sew_resnet*
+and spikformer the residual streams add the spikes of several layers, each with its own theta; the rest is 0 or theta too.
 
 `python models.py` prints parameters, neurons and multiply-accumulates of each.
 """
@@ -51,13 +51,14 @@ def join(x, y, dim, folded):
 
 
 class Block(nn.Module):
-    """conv-BN-LIF-conv-BN beside a shortcut. Plain: add, then fire. SEW: fire, then add; the shortcut fires too."""
+    """conv-BN-LIF-conv-BN beside a shortcut. Plain: add, then fire. SEW: fire, then add; a convolved shortcut fires too."""
 
     def __init__(self, c_in, c_out, stride, sew, neuron):
         super().__init__()
         self.conv1, self.bn1, self.lif1 = conv(c_in, c_out, 3, stride), nn.BatchNorm2d(c_out), TrLIF(**neuron)
         self.conv2, self.bn2, self.lif2 = conv(c_out, c_out, 3), nn.BatchNorm2d(c_out), TrLIF(**neuron)
-        self.sew, self.folded, self.shortcut, self.lif_shortcut = sew, False, None, None
+        self.sew, self.folded = sew, False
+        self.shortcut = self.lif_shortcut = None
         if stride != 1 or c_in != c_out:                         # the shape changes: a 1x1 convolution adapts it
             self.shortcut = nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
             self.lif_shortcut = TrLIF(**neuron) if sew else None
@@ -107,7 +108,7 @@ class SpikingSelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (LinearLIF(dim, dim, neuron) for _ in range(4))
-        self.lif = TrLIF(**{**neuron, "threshold": 0.5 * neuron.get("threshold", 1.0)})   # the product's is half as high
+        self.lif = TrLIF(**{**neuron, "threshold": 0.5 * neuron.get("threshold", 1.0)})  # half as high, as in the publication
 
     def forward(self, x, T):
         q, k, v = (layer(x, T).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -151,7 +152,7 @@ class Spikformer(nn.Module):
         x = self.pools[0](self.lifs[0](x).flatten(0, 1))
         for patch, lif, pool in zip(self.patches[1:4], self.lifs[1:4], self.pools[1:]):
             x = pool(fire(lif, patch(x), T))
-        x = join(x, fire(self.lifs[4], self.patches[4](x), T), 1, self.folded)  # position, from the neighbouring patches
+        x = join(x, fire(self.lifs[4], self.patches[4](x), T), 1, self.folded)  # embeds positions
         x = x.flatten(2).transpose(1, 2)                         # [T*B, N, D]
         for attention, (up, down) in zip(self.attention, self.mlp):
             x = join(x, attention(x, T), 2, self.folded)
@@ -184,7 +185,8 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, **neuron_option
     w = width
     if arch == "spikformer":
         if w % 4:
-            raise ValueError(f"spikformer's width must be a multiple of 4, not {w}: 6 * width is split over 12 heads and 8 patches")
+            raise ValueError(f"spikformer's width must be a multiple of 4, not {w}: 12 heads share 6 * width channels, and the first "
+                             "convolution has an eighth of them")
         model = Spikformer(*common)
     elif arch == "resnet19":
         model = ResNet([(2 * w, 3, 1), (4 * w, 3, 2), (8 * w, 2, 2)], *common)
@@ -265,7 +267,7 @@ def wiring(model):
         return synapses + [("head", None, stream)], {f"lifs.{i}": f"pools.{i}" for i in range(4)}
     synapses, stream = [("stem.0", "stem.1", [])], ["lif"]
     for i, block in enumerate(model.blocks):
-        b, adapts = f"blocks.{i}", isinstance(block.shortcut, nn.Sequential)
+        b, adapts = f"blocks.{i}", isinstance(block.shortcut, nn.Sequential)          # fold makes a lone convolution of an identity
         if adapts:
             synapses.append((f"{b}.shortcut.0", f"{b}.shortcut.1", stream))
         elif not block.sew:
@@ -286,7 +288,7 @@ def fold(model):
     BatchNorm, a fixed scale and shift here, goes into weights and bias before it. The residual streams of sew_resnet* and
     spikformer add spikes of different thetas, which no common weight can absorb: there the spikes of each source stay
     apart (join), and layers behind have a weight set a source. That costs memory, but no operations: each spike
-    still meets one weight a connection. The head reads spike counts / places, where 1 / places belongs to its weights.
+    still meets one weight a connection. The head reads means over places: 1 / places counts as part of its weights.
     """
     model = copy.deepcopy(model).eval()
     layers = dict(model.named_modules())
@@ -309,7 +311,8 @@ def fold(model):
                 setattr(layers[bn.rpartition(".")[0]], bn.rpartition(".")[2], nn.Identity())
             new = (nn.Linear(*weight.T.shape) if isinstance(layer, nn.Linear) else
                    nn.Conv2d(weight.shape[1], len(weight), layer.kernel_size, layer.stride, layer.padding))
-        new.weight, new.bias = nn.Parameter(weight.clone(memory_format=torch.contiguous_format)), bias if bias is None else nn.Parameter(bias.clone())
+        new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+        new.bias = None if bias is None else nn.Parameter(bias.clone())
         setattr(layers[parent], last, new)
     for name, layer in layers.items():
         if isinstance(layer, SpikingSelfAttention):       # current, start and threshold divided alike: same spikes
@@ -325,7 +328,8 @@ def fold(model):
 
 
 def macs_per_step(model, x):
-    """Multiply-accumulates of one forward of x (one time step if timesteps = 1): convolutions, linear layers, attention."""
+    """Multiply-accumulates of one forward of x (one time step if timesteps = 1): convolutions, linear layers, attention.
+    Leaves the model in evaluation mode."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(x)
     return counter.get_total_flops() // 2
@@ -334,7 +338,7 @@ def macs_per_step(model, x):
 if __name__ == "__main__":
     print(f"{'arch':14s} {'input':>12s} {'classes':>8s} {'parameters':>12s} {'neuron layers':>14s} {'MACs a step':>16s}")
     for arch in ARCHS:
-        size, classes = (32, 100 if arch == "resnet19" else 10) if arch in ("resnet19", "spikformer") else (224, 1000)
+        size, classes = {"resnet19": (32, 100), "spikformer": (32, 10)}.get(arch, (224, 1000))
         model = build(arch, classes, timesteps=1)
         parameters = sum(p.numel() for p in model.parameters())
         neurons = sum(isinstance(m, TrLIF) for m in model.modules())

@@ -4,7 +4,7 @@
     lif = TrLIF()                # learnable threshold (starts at 1) and leak (starts at tau = 2)
     spikes = lif(current)        # [T, B, ...] -> [T, B, ...], each value 0 or lif.threshold
 
-Copy this file into your project. A layer takes the input current of all T time steps at once and keeps nothing
+Copy this file into your project. A layer takes the input current of all T time steps at once and keeps no potentials
 between calls, so there is no state to reset. For input current x[t], t = 1..T, threshold theta and decay k = 1/tau:
 
     charge   h[t] = v[t-1] + k (x[t] - v[t-1])        the membrane potential leaks towards the input current
@@ -14,14 +14,14 @@ between calls, so there is no state to reset. For input current x[t], t = 1..T, 
 
 Two things go wrong when such a layer is trained directly, and each has a remedy here:
 
-TrSG (threshold-robust surrogate gradient). s[t] is a step function, whose derivative training must replace by that of
-    something smooth, the surrogate. If its window has a fixed width around theta, gradients vanish or explode once a
-    learnable theta drifts away from 1. TrSG takes the derivative with respect to r = h / theta, and emits theta s:
-    both factors of theta cancel, so gradients pass alike whatever theta is. See `Emit`.
-MP-Init (membrane potential initialisation). Starting at v[0] = 0 gives the first time steps another distribution of
-    potentials than the later ones ("temporal covariate shift"), and BatchNorm one set of statistics to serve both.
-    The potential forgets its start and settles into a stationary law, so MP-Init starts at that law's mean, which
-    it learns as a running average of the potential after the last step. See `TrLIF.forward`.
+TrSG (threshold-robust surrogate gradient). The derivative of the step s[t] is 0 almost everywhere. Training puts that
+    of a surrogate in its place: 1 in a window around theta, 0 outside. If the window has a fixed width, gradients
+    vanish or explode once a learnable theta drifts away from 1. TrSG takes s as a function of the ratio r = h / theta
+    and emits theta s: this theta cancels the 1 / theta of dr/dh, and no theta is left in do/dh. See `Emit`.
+MP-Init (membrane potential initialisation). A potential that starts at v[0] = 0 has another distribution in the first
+    time steps than in the later ones ("temporal covariate shift"), and one BatchNorm has to serve them all. It
+    forgets its start, though, and settles into a stationary law. So MP-Init starts near that law's mean: at a running
+    mean of the potentials after the last step, over the neurons that fired. See `TrLIF.forward`.
 
 Source: Kook, Yu, Oh, Park, "Stabilizing Direct Training of Spiking Neural Networks: Membrane Potential Initialization
 and Threshold-robust Surrogate Gradient", WACV 2026, arXiv:2511.08708.
@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Run the time loop as one fused kernel (torch.compile) where that pays: on a GPU, and on a CPU from this many input
 # elements on. (Fused was faster at every size tried; compiling takes some ten seconds, a few hundred such calls repay it.)
-# False: always operation by operation, the same numbers.
+# False: always operation by operation; results then differ by rounding.
 COMPILE = True
 CPU_COMPILE_FROM = 2 ** 16
 
@@ -65,19 +65,19 @@ class Emit(torch.autograd.Function):
         s, h, threshold = ctx.saved_tensors
         s = s.to(h.dtype)
         if ctx.surrogate == "trsg":
-            r = h * (1 / threshold)                              # one reciprocal serves all steps, and divisions are slow
+            r = h * (1 / threshold)                              # divisions are slow: compiled, this one serves all steps
             window = (r - 1).abs() <= 0.5
             do_dh = window                                       # = theta ds/dr dr/dh = theta window / theta
             do_dthreshold = s - r * window                       # = s + theta ds/dr dr/dtheta = s - theta window h / theta^2
         else:
             window = (h - threshold).abs() <= 0.5
-            do_dh = threshold * window                           # theta stays, and is multiplied up from step to step
+            do_dh = threshold * window                           # theta stays: through the reset dv/dh = 1 - theta there
             do_dthreshold = s - threshold * window
         return None, gradient * do_dh, gradient * do_dthreshold, None
 
 
 def lif(x, v_init, threshold, decay, surrogate="trsg"):
-    """The neuron: integrate the current x over T steps, fire, and reset. This loop is its only definition.
+    """The neuron: integrate the current x over T steps, fire, and reset. Its only definition, for every use and device.
 
     x          [T, ...]   input current, floating point
     v_init     membrane potential before the first step, 0-d or of the shape x[0] (same unit as x and threshold)
@@ -99,15 +99,15 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
         s = h >= threshold                                       # fire    s[t] = 1 if h[t] >= theta else 0
         o = Emit.apply(s, h, threshold, surrogate)               # emit    o[t] = theta s[t]
         v = h - o                                                # reset   v[t] = h[t] - theta s[t]
-        spikes.append((o if surrogate == "trsg" else o / threshold).to(x.dtype))
+        spikes.append((o if surrogate == "trsg" else o / threshold).to(x.dtype))       # the naive form emits s
         fired = fired | s
     return spikes, v, fired
 
 
 def _lif_and_statistic(x, v_init, threshold, decay, surrogate, mp_init):
-    """What one layer computes for x [T, rows, columns]: spikes, and the [sum, count] that MP-Init averages v[T] with
-    (None if it is off). All sums over the layer go row by row first: that much a GPU's kernel can do in passing."""
-    threshold, decay = (p.expand(x.shape[1], 1) for p in (threshold, decay))         # so that their gradients do, too
+    """What one layer computes for x [T, rows, columns]: spikes, and the [sum, count] of v[T] over the neurons that MP-Init
+    averages (None if it is off). All sums over the layer go row by row first, which a GPU's kernel does in passing."""
+    threshold, decay = (p.expand(x.shape[1], 1) for p in (threshold, decay))         # so that their gradients' sums do, too
     # Checkpointing: backward runs the loop again from x, so that nothing else is kept for it. Reading x once more
     # is far cheaper than writing and reading every step's potential. The spikes are stacked outside of it: whatever
     # they go to keeps them anyway, and backward need not compute them again.
@@ -125,20 +125,20 @@ def compile_options():
     """Options for torch.compile with which a GPU runs the loop as one kernel forward and one backward."""
     options = {"realize_acc_reads_threshold": 32,                # BatchNorm before it is computed there too, never stored
                "max_pointwise_cat_inputs": 0,                    # each step's result is written where it belongs, not
-               "max_complex_pointwise_cat_inputs": 0}            # gathered by a second kernel (needs torch 2.13)
+               "max_complex_pointwise_cat_inputs": 0}            # gathered by a second kernel (torch 2.13 and later)
     return {name: value for name, value in options.items() if name in torch._inductor.list_options()}
 
 
 @functools.cache
 def _compiled():
     # dynamic=True: the number of neurons is an argument of the kernel, so that every layer and batch size share it.
-    # A kernel for each T, dtype and mode is still needed: more than the 8 after which torch would stop compiling.
+    # Each T, dtype and mode still needs its own: easily more than the 8 after which torch stops compiling.
     compiled = torch.compile(_lif_and_statistic, dynamic=True, options=compile_options())
     return torch._dynamo.config.patch(recompile_limit=64)(compiled)
 
 
 class _NotAView(torch.autograd.Function):
-    """The identity. torch.compile makes a kernel for every kind of tensor that a view is of: it sees none of them so."""
+    """The identity, hiding that x is a view: torch.compile would compile anew for every kind of tensor it is a view of."""
 
     @staticmethod
     def forward(ctx, x):
@@ -161,8 +161,9 @@ def _run(x, *args):
         except (RuntimeError, ImportError, OSError) as error:    # no C++ compiler or no Triton, for example
             result = _lif_and_statistic(x, *args)                # an error that is not the compiler's comes again here
             COMPILE = False
+            reason = str(error).strip().partition("\n")[0]
             warnings.warn("neuron.py: torch.compile does not work here, so the time loop runs operation by operation "
-                          f"(same results, slower): {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+                          f"(slower, equal up to rounding): {type(error).__name__}: {reason}")
             return result
     return _lif_and_statistic(x, *args)
 
@@ -229,7 +230,7 @@ class TrLIF(nn.Module):
             raise ValueError("TrLIF's input current holds NaN or infinity")
 
         # Neurons do not interact, so the loop sees them as [T, rows, columns], listed as they lie in memory: contiguous
-        # and channels_last inputs are both views, and shapes share their compiled kernels.
+        # and channels_last inputs are both views, and all shapes share compiled kernels.
         order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
         if not x.permute(0, *order)[0].is_contiguous():
             order, x = list(range(1, x.dim())), x.contiguous()
@@ -245,11 +246,11 @@ class TrLIF(nn.Module):
     @torch.no_grad()
     def _update_v_init(self, statistic):
         """MP-Init: mu <- (1 - beta) mu + beta m, m the mean of v[T] over the chosen neurons; unchanged if
-        there are none, or their potentials are not finite."""
+        there are none, or any potential is not finite."""
         if dist.is_available() and dist.is_initialized():        # every process sees a part of the batch: sum first,
             dist.all_reduce(statistic)                           # divide after, and N processes equal one
         total, count = statistic
-        new = self.v_init.to(total.dtype).lerp(total / count, self.momentum)         # NaN where none fired or an input was
+        new = self.v_init.to(total.dtype).lerp(total / count, self.momentum)         # NaN if none fired or an input was NaN
         # A new tensor, not lerp_ in place: the backward pass still to come runs the loop again from the old value.
         self.v_init = torch.where(new.isfinite(), new, self.v_init).to(self.v_init.dtype)
 
