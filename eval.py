@@ -359,7 +359,7 @@ def plot(look, path):
     energy.set(title="Energy an image (45 nm, arithmetic only)", xlabel="layer with weights", ylabel="energy (nJ)")
     for (start, run), style in zip(runs.items(), ("o-", "s--")):
         accuracy.plot(range(1, look["steps"] + 1), [100 * a for a in run["top1_at"]], style, ms=4, label=start)
-        shift.plot(run["shift"][:, 0], style, ms=4, label=start)
+        shift.plot(run["shift"][:, 0].tolist(), style, ms=4, label=start)
     colours = plt.cm.viridis([t / max(T, 2) for t in range(T)])
     for t in range(T):
         rate.plot([100 * look["rates"][n][t] for n in names], ".-", color=colours[t], label=f"t = {t + 1}")
@@ -375,7 +375,7 @@ def plot(look, path):
             panel.stairs(law[T], edges, fill=True, color="lightgrey", label="stationary")
             for t in range(T):
                 panel.stairs(law[t], edges, color=colours[t], label=f"t = {t + 1}, distance {run['shift'][i, t]:.3f}")
-            seen = edges[:-1][law.amax(0) > 0.01]
+            seen = edges[:-1][law.amax(0) > 0.01].tolist()
             panel.set(title=f"{names[i]}, {start}", xlabel="membrane potential after the reset (thresholds)", ylabel="density",
                       yscale="log", ylim=(0.01, None), xlim=(seen[0] - 0.1, seen[-1] + 0.2))
     for panel in axes.flat:

@@ -94,7 +94,7 @@ def settings(argv=None):
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("resume") == "auto" and "out" not in given:
         p.error("--resume auto needs --out DIR")
-    if given.get("resume", "auto") != "auto" and given.get("out", given["resume"]) != given["resume"]:
+    if given.get("resume", "auto") != "auto" and pathlib.Path(given.get("out", given["resume"])).resolve() != pathlib.Path(given["resume"]).resolve():
         p.error(f"--resume {given['resume']} goes on in that folder: leave --out out")
     return {**defaults, **given}, given
 
