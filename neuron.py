@@ -174,7 +174,7 @@ class TrLIF(nn.Module):
     threshold  initial theta > 0, in the unit of the input current (which BatchNorm brings to unit variance)
     tau        initial membrane time constant > 1, in time steps; the decay is k = 1 / tau
     mp_init    "active": start at the running mean over neurons that fired (the paper); "all": over every neuron;
-               "off": start at 0
+               "off": v_init stays as it is, at 0
     surrogate  "trsg", or "absolute" for the naive form
     momentum   beta, the weight of the newest batch in the running mean
     learnable  whether threshold and tau are trained
@@ -201,7 +201,7 @@ class TrLIF(nn.Module):
             raise ValueError(f"momentum must be from 0 to 1, not {momentum}")
         # Trained in raw form, so that no gradient step can leave the legal range: softplus > 0, 0 < sigmoid < 1.
         inverse_softplus = threshold + math.log(-math.expm1(-threshold))
-        self.raw_threshold = nn.Parameter(torch.tensor(inverse_softplus), requires_grad=learnable)
+        self.raw_threshold = nn.Parameter(torch.tensor(float(inverse_softplus)), requires_grad=learnable)
         self.raw_decay = nn.Parameter(torch.tensor(-math.log(tau - 1)), requires_grad=learnable)
         self.register_buffer("v_init", torch.zeros(()))          # mu; a buffer, so that checkpoints carry it
         self.mp_init, self.surrogate, self.momentum, self.check = mp_init, surrogate, momentum, check

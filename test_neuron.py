@@ -217,6 +217,8 @@ def test_fixed_neurons_do_not_learn():
 def test_threshold_and_tau_start_where_asked(theta, tau):
     layer = TrLIF(theta, tau).double()
     assert layer.threshold.item() == pytest.approx(theta, rel=1e-5) and layer.tau.item() == pytest.approx(tau, rel=1e-3)
+    of_numpy = TrLIF(np.float64(theta), np.float64(tau))         # numbers of NumPy make no layer of float64
+    assert {v.dtype for v in of_numpy.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("mode", ["plain", "fused"])
