@@ -16,9 +16,11 @@ what waits. Large images are decoded by worker processes (`Streamed`).
 Every random draw is a function of (seed, epoch, batch) alone, never of what was drawn before: an interrupted run
 continues exactly, and N processes that share a batch see what one process would see.
 """
+import atexit
 import ctypes
 import functools
 import http.client
+import multiprocessing.util        # registers for the exit first
 import os
 import pathlib
 import re
@@ -331,11 +333,19 @@ def image_loader(folder, transform, batches, workers, device=torch.device("cpu")
     yield from every(loader)
 
 
-def leave_signals(_, grace=30):
-    """Ctrl-C and a batch system's SIGTERM reach worker processes too: these go on, so that the training process can
-    finish its step and save. SIGTERM ends them `grace` seconds later, else a parent that leaves would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(grace))
+def leave_signals(_):
+    """Ctrl-C and a batch system's SIGTERM reach worker processes too: they go on, so that the training process can finish
+    its step and save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Before multiprocessing, at exit, sends what workers are left a SIGTERM, which they ignore, and waits for them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def every(loader):

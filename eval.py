@@ -245,7 +245,7 @@ def inspect(path, checkpoint, model, dataset, batch_size, images=None):
     T, neurons = dataset.frames or model.timesteps, neurons_of(model)
     result, counts = observe(model, take(dataset, batch_size, images))
     # Run on for 4 T steps, or longer where a leak is slow: until (1 - k)^steps, what is left of the start, is 1 %.
-    kept = max(1 - layer.decay.item() for layer in neurons.values())
+    kept = min(max(max(1 - layer.decay.item() for layer in neurons.values()), 1e-6), 1 - 1e-6)
     steps = T + min(max(4 * T, math.ceil(math.log(0.01) / math.log(kept))), 64)
     runs = {}
     for start, v_init in ("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0):
@@ -532,7 +532,9 @@ def run(main, program):
     """Call main(); an expected failure becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (UserError, OSError) as error:                        # OSError: a name too long, a folder without access, ...
+    except (UserError, OSError) as error:
+        if isinstance(error, ConnectionError):                   # nothing to mend by hand; other OSErrors are: a name too
+            raise                                                # long, a folder without access, ...
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:                 # on a CPU PyTorch has no exception of its own for it

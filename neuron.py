@@ -134,7 +134,11 @@ def _compiled():
     # dynamic=True: the number of neurons is an argument of the kernel, so that every layer and batch size share it.
     # Each T, dtype and mode still needs its own: easily more than the 8 after which torch stops compiling.
     compiled = torch.compile(_lif_and_statistic, dynamic=True, options=compile_options())
-    return torch._dynamo.config.patch(recompile_limit=64)(compiled)
+
+    def call(*args):                                             # before torch 2.14 threads cannot share one patch
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return compiled(*args)
+    return call
 
 
 class _NotAView(torch.autograd.Function):

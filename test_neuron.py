@@ -41,9 +41,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 SMALL = ["--dataset", "shapes", "--arch", "resnet19", "--width", "4", "--timesteps", "2", "--no-compile"]
 
 
-def python(*arguments, cwd=HERE, code=0, **environment):
+def python(*arguments, cwd=HERE, code=0, seconds=600, **environment):
     """Run a Python program in a process of its own; returns its output. code: the exit status it must have."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600,
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=seconds,
                           env={**os.environ, **environment})
     assert done.returncode == code, f"exit {done.returncode}, not {code}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout if code == 0 else done.stderr
@@ -1002,18 +1002,20 @@ def test_an_error_of_a_worker_process_is_one_line(tmp_path):
     assert not multiprocessing.active_children()        # left behind, they would keep this process from ending
 
 
-def test_worker_processes_outlive_a_signal_to_the_group_but_not_for_ever():
-    fork = multiprocessing.get_context("fork")
-    ready = fork.Event()
-    worker = fork.Process(target=lambda: (data.leave_signals(0, grace=2), ready.set(), time.sleep(60)))
-    worker.start()
-    assert ready.wait(30)
-    os.kill(worker.pid, signal.SIGINT)
-    worker.terminate()
-    worker.join(0.5)
-    assert worker.is_alive()
-    worker.join(10)
-    assert worker.exitcode == -signal.SIGALRM
+def test_worker_processes_outlive_signals_but_not_the_program():
+    """What reaches the whole group must not end them, and a loader left open must not keep the program from its end."""
+    script = ("import os, signal, time, torch, data\n"
+              "class Items(torch.utils.data.Dataset):\n"
+              "    def __len__(self): return 100\n"
+              "    def __getitem__(self, i): time.sleep(0.02); return i\n"
+              "batches = iter(torch.utils.data.DataLoader(Items(), num_workers=2, worker_init_fn=data.leave_signals))\n"
+              "next(batches), next(batches)                            # both are at work\n"
+              "for number in (signal.SIGINT, signal.SIGTERM):\n"
+              "    for worker in batches._workers: os.kill(worker.pid, number)\n"
+              "for i in range(50): next(batches)\n"
+              "print('all there')\n"
+              "keep = [batches]; keep.append(keep); batches.keep = keep")
+    assert "all there" in python("-c", script, seconds=60)
 
 
 def test_a_killed_preparation_leaves_no_half_array_and_goes_on(tmp_path, monkeypatch):
@@ -1685,7 +1687,7 @@ def fails(capsys, program, arguments, expected):
     ("--accumulate 3", "does not divide"), ("--device gpu", "--device gpu"), ("--device hpu", "--device hpu cannot be used here"), ("--device meta", "--device meta cannot"), ("--optimizer lion", "lion"), ("--fast", "--fast"),
     ("--arch spikformer --width 6", "multiple of 4"), ("--near-identity", "needs a tau below 1.5, not 2"), ("--image-size 0", "at least 1"),
     ("--image-size 64", "cifar10 has its own size"), ("--resume auto", "--out"),
-    ("--dataset nmnist --augment trivial", "for images"), ("--batch-size 1 --timesteps 1", "one image at one time step"),
+    ("--dataset nmnist --augment trivial", "for images"),
     ("--resume here --out there", "leave --out out"), (f"--out {'a' * 300}", "too long"), (f"--data-dir {'a' * 300}", "too long"),
     ("--sync-bn", "GPUs only"), ("--resume nowhere", "no such file"), ("--out /proc/run", "cannot write into /proc/run")])
 def test_flags_out_of_range(capsys, tiny, tmp_path, flags, expected):
@@ -1793,6 +1795,11 @@ def test_a_resumed_run_must_keep_its_network_and_data(capsys, trained, flags, ex
 def test_a_folded_network_does_not_go_on_training(capsys, trained, tmp_path):
     printed(capsys, evaluation, trained / "last.pt", "--save-folded", tmp_path / "last.pt", "--images", 10)
     fails(capsys, "train.py", ["--resume", tmp_path], "folded network, which is for evaluation")
+
+
+def test_a_single_value_a_channel_is_one_line(capsys, tmp_path):
+    fails(capsys, "train.py", ["--dataset", "shapes", "--image-size", 2, "--arch", "resnet18", "--width", 4, "--batch-size", 1, "--limit", 10,
+                               "--no-compile", "--out", tmp_path], "cannot learn from such batches")
 
 
 def test_several_processes_without_a_launcher_are_one_line(capsys, tiny, monkeypatch):

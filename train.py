@@ -160,8 +160,11 @@ def loss_of(model, x, y, s, key):
     if s["mixup"]:
         weight = float(np.random.default_rng(key).beta(s["mixup"], s["mixup"]))
         mixed = weight * x + (1 - weight) * x.flip(0)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=s["amp"]):
-        logits = model(mixed)
+    try:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=s["amp"]):
+            logits = model(mixed)
+    except ValueError as error:                                  # BatchNorm with a single value a channel
+        raise UserError(f"the network cannot learn from such batches: {data.first_line(error)}; try a larger --batch-size or --image-size") from error
     logits = logits.float().mean(0)
     loss = weight * F.cross_entropy(logits, y, label_smoothing=s["label_smoothing"])
     if s["mixup"]:
@@ -218,7 +221,8 @@ def main(argv=None):
     s, given = settings(argv)
     out, checkpoint, s, changed = open_run(s, given)
     decide(s, given)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
     say = print if rank == 0 else lambda *_, **__: None
     if world > 1 and (missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)):
         raise UserError(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set: start with torchrun, or unset WORLD_SIZE")
@@ -245,8 +249,6 @@ def main(argv=None):
     s["batch_size"] = s["batch_size"] or (64 if len(dataset) >= 20000 else 32 if len(dataset) >= 5000 else 16)
     if s["batch_size"] % (world * s["accumulate"]):
         raise UserError(f"--batch-size {s['batch_size']} does not divide by {world} processes x --accumulate {s['accumulate']}")
-    if s["batch_size"] * s["timesteps"] == world * s["accumulate"]:
-        raise UserError("BatchNorm cannot learn from one image at one time step: use a larger --batch-size or more --timesteps")
     steps = len(dataset) // s["batch_size"]
     if steps == 0:
         raise UserError(f"--batch-size {s['batch_size']} is larger than the data set of {len(dataset)} training images")
