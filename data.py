@@ -371,10 +371,11 @@ def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split
             return Streamed(name, root, image_size, *STATISTICS["imagenet"][:2], workers)
         train, test = same_classes(root).values()
         arrays = [decode(folder, image_size, workers) for folder in (train, test)]
-        # From histograms: np.std would make a copy of 8 times the size.
-        values, counts = np.arange(256) / 255, sum(np.stack([np.bincount(c, minlength=256) for c in image.reshape(-1, 3).T]) for image in arrays[0][0])
-        mean = counts @ values / counts[0].sum()
-        std = (counts @ values ** 2 / counts[0].sum() - mean ** 2).clip(1e-6) ** 0.5
+        # From the histogram of each channel: np.std would make a copy of 8 times the size.
+        counts = sum(np.stack([np.bincount(c, minlength=256) for c in image.reshape(-1, 3).T]) for image in arrays[0][0])
+        share, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+        mean = share @ values
+        std = (share @ values ** 2 - mean ** 2).clip(1e-6) ** 0.5
         return Resident(name, *arrays, train.classes, mean.tolist(), std.tolist())
     if name == "imagenet":
         return Streamed(name, root / name, image_size, *STATISTICS[name][:2], workers)
