@@ -413,6 +413,11 @@ def read_arrays(folder, split, shape, classes, suffix=""):
     return images, labels
 
 
+def prepared(folder, suffix=""):
+    """Whether all that read_arrays reads of both splits is there."""
+    return all((folder / f"{split}_{kind}{suffix}.npy").exists() for split in ("train", "test") for kind in ("images", "labels"))
+
+
 def write_arrays(folder, split, images, labels, suffix=""):
     for kind, array in (("images", images), ("labels", labels)):
         write_atomically(folder / f"{split}_{kind}{suffix}.npy", lambda file, a=array: np.save(file, a, allow_pickle=False))
@@ -422,13 +427,10 @@ def download_cifar(name, root):
     """Unless the prepared arrays are there, let torchvision download and verify the original into root, and write them."""
     original, unpacked = ((torchvision.datasets.CIFAR10, "cifar-10-batches-py") if name == "cifar10" else
                           (torchvision.datasets.CIFAR100, "cifar-100-python"))
-
-    def ready():
-        return all((root / name / f"{split}_{kind}.npy").exists() for split in ("train", "test") for kind in ("images", "labels"))
-    if ready():                          # a folder that can only be read will do
+    if prepared(root / name):                                    # a folder that can only be read will do
         return
-    with lock(root / name, wait=True):   # of several processes one downloads
-        if ready():
+    with lock(root / name, wait=True):                           # of several processes one downloads
+        if prepared(root / name):
             return
         try:
             for split in ("train", "test"):
@@ -678,8 +680,7 @@ def load_events(name, folder, workers, timesteps, split, by):
     split = "official" if name == "nmnist" else "first20" if (name, split) == ("shapes-dvs", "first100") else split
     made = f"_T{timesteps}_{by}_{size}"
     parts, suffix = folder / f".parts{made}", f"{made}_{split}"
-    wanted = [folder / f"{part}_{kind}{suffix}.npy" for part in ("train", "test") for kind in ("images", "labels")]
-    if not all(path.exists() for path in wanted):
+    if not prepared(folder, suffix):
         if name == "shapes-dvs":
             draw_recordings(folder)
         recordings = find_recordings(name, folder, classes)
@@ -690,7 +691,7 @@ def load_events(name, folder, workers, timesteps, split, by):
         with lock(folder, wait=True):                            # others wait here and find the work done
             for left in folder.glob(f".*{suffix}.npy.*"):        # by a process killed while it wrote
                 left.unlink()
-            if not all(path.exists() for path in wanted):
+            if not prepared(folder, suffix):
                 frames = make_frames(recordings, workers, name=name, timesteps=timesteps, by=by, folder=parts)
                 labels = np.array([recording[0] for recording in recordings], np.uint8)
                 for part, chosen in (("train", ~test), ("test", test)):

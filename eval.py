@@ -532,9 +532,9 @@ def run(main, program):
     """Call main(); an expected failure becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (UserError, OSError) as error:
-        if isinstance(error, ConnectionError):                   # nothing to mend by hand; other OSErrors are: a name too
-            raise                                                # long, a folder without access, ...
+    except ConnectionError:                                      # a worker process died, say: nothing the user can mend
+        raise
+    except (UserError, OSError) as error:                        # OSError: a name too long, a folder without access, ...
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:                 # on a CPU PyTorch has no exception of its own for it

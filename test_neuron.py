@@ -269,26 +269,29 @@ def test_sums_over_rows_are_sums_over_the_layer(surrogate):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("arch", ["resnet19", "spikformer"])     # 17 layers of 5 shapes; 33 layers whose currents are views of many kinds
-def test_few_compilations_serve_a_whole_training(fused, arch):
+@pytest.fixture
+def compilations(fused):
+    """Forget what was compiled; how often something was compiled since."""
     torch._dynamo.reset()
     neuron._compiled.cache_clear()
     torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("arch", ["resnet19", "spikformer"])     # 17 layers of 5 shapes; 33 layers whose currents are views of many kinds
+def test_few_compilations_serve_a_whole_training(compilations, arch):
     model = models.build(arch, 10, timesteps=2, width=4)
     for batch in (8, 8, 5, 3):                                   # batches of 3 sizes, both modes
         model.train()(torch.randn(batch, 3, 32, 32)).sum().backward()
         with torch.no_grad():
             model.eval()(torch.randn(batch, 3, 32, 32))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert compilations() <= 4
 
 
-def test_many_time_steps_in_one_process_all_run_fused(fused):
-    torch._dynamo.reset()
-    neuron._compiled.cache_clear()
-    torch._dynamo.utils.counters.clear()
+def test_many_time_steps_in_one_process_all_run_fused(compilations):
     for T in range(2, 12):
         TrLIF()(torch.randn(T, 3, 5))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10     # torch alone would stop compiling at 8
+    assert compilations() == 10                                  # torch alone would stop compiling at 8
 
 
 def test_falls_back_to_the_plain_loop_with_one_warning(monkeypatch):
