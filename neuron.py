@@ -30,6 +30,7 @@ and Threshold-robust Surrogate Gradient", WACV 2026, arXiv:2511.08708.
 """
 import functools
 import math
+import threading
 import warnings
 
 import torch
@@ -104,9 +105,11 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     return spikes, v, fired
 
 
-def _lif_and_statistic(x, v_init, threshold, decay, surrogate, mp_init):
-    """What one layer computes for x [T, rows, columns]: spikes, and the [sum, count] of v[T] over the neurons that MP-Init
-    averages (None if it is off). All sums over the layer go row by row first, which a GPU's kernel does in passing."""
+def _lif_and_mean(x, v_init, threshold, decay, surrogate, mp_init, distributed):
+    """What one layer computes for x [T, rows, columns]: its spikes, and m, the mean of v[T] over the neurons that MP-Init
+    averages (v_init if there are none, or any potential is not finite; None if it is off).
+
+    All sums over the layer go row by row first, which a GPU's kernel does in passing."""
     threshold, decay = (p.expand(x.shape[1], 1) for p in (threshold, decay))         # so that their gradients' sums do, too
     # Checkpointing: backward runs the loop again from x, so that nothing else is kept for it. Reading x once more
     # is far cheaper than writing and reading every step's potential. The spikes are stacked outside of it: whatever
@@ -118,7 +121,11 @@ def _lif_and_statistic(x, v_init, threshold, decay, surrogate, mp_init):
         return spikes, None
     v = v.detach()
     chosen = fired.to(v.dtype) if mp_init == "active" else torch.ones_like(v)
-    return spikes, torch.stack([(v * chosen).sum(1).sum(), chosen.sum(1).sum()])
+    total_and_count = torch.stack([(v * chosen).sum(1), chosen.sum(1)]).sum(1)
+    if distributed:                                              # every process sees a part of the batch: sum first,
+        dist.all_reduce(total_and_count)                         # divide after, and N processes equal one
+    mean = total_and_count[0] / total_and_count[1]               # NaN if none fired or an input was NaN
+    return spikes, torch.where(mean.isfinite(), mean, v_init)
 
 
 def compile_options():
@@ -132,13 +139,14 @@ def compile_options():
 @functools.cache
 def _compiled():
     # dynamic=True: the number of neurons is an argument of the kernel, so that every layer and batch size share it.
-    # Each T, dtype and mode still needs its own: easily more than the 8 after which torch stops compiling.
-    compiled = torch.compile(_lif_and_statistic, dynamic=True, options=compile_options())
+    return torch.compile(_lif_and_mean, dynamic=True, options=compile_options())
 
-    def call(*args):                                             # before torch 2.14 threads cannot share one patch
-        with torch._dynamo.config.patch(recompile_limit=64):
-            return compiled(*args)
-    return call
+
+@functools.cache
+def _many_compilations(thread):
+    """Each T, dtype and mode needs a kernel of its own: easily more than the 8 after which torch stops compiling.
+    One patch a thread: before torch 2.14 threads cannot share one, and from then on each that is made stays in memory."""
+    return torch._dynamo.config.patch(recompile_limit=64)
 
 
 class _NotAView(torch.autograd.Function):
@@ -154,22 +162,23 @@ class _NotAView(torch.autograd.Function):
 
 
 def _run(x, *args):
-    """_lif_and_statistic(x, *args): fused where that pays and is possible, else as it stands."""
+    """_lif_and_mean(x, *args): fused where that pays and is possible, else as it stands."""
     global COMPILE
     pays = x.device.type != "cpu" or x.numel() >= CPU_COMPILE_FROM
     if COMPILE and pays and not torch.compiler.is_compiling():   # inside a compiled network the loop fuses anyway
         try:
-            return _compiled()(_NotAView.apply(x), *args)
+            with _many_compilations(threading.get_ident()):
+                return _compiled()(_NotAView.apply(x), *args)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError, OSError) as error:    # no C++ compiler or no Triton, for example
-            result = _lif_and_statistic(x, *args)                # an error that is not the compiler's comes again here
+            result = _lif_and_mean(x, *args)                     # an error that is not the compiler's comes again here
             COMPILE = False
             reason = str(error).strip().partition("\n")[0]
             warnings.warn("neuron.py: torch.compile does not work here, so the time loop runs operation by operation "
                           f"(slower, equal up to rounding): {type(error).__name__}: {reason}")
             return result
-    return _lif_and_statistic(x, *args)
+    return _lif_and_mean(x, *args)
 
 
 class TrLIF(nn.Module):
@@ -236,27 +245,17 @@ class TrLIF(nn.Module):
         # Neurons do not interact, so the loop sees them as [T, rows, columns], listed as they lie in memory: contiguous
         # and channels_last inputs are both views, and all shapes share compiled kernels.
         order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
-        if not x.permute(0, *order)[0].is_contiguous():
-            order, x = list(range(1, x.dim())), x.contiguous()
         listed = x.permute(0, *order)
-        neurons = listed[0].numel()                              # a CPU sums best in one row, a GPU needs many at a time
+        if not listed[0].is_contiguous():
+            order, listed = range(1, x.dim()), x.contiguous()
+        neurons = x.numel() // len(x)                            # a CPU sums best in one row, a GPU needs many at a time
         columns = max(neurons, 1) if x.device.type == "cpu" else math.gcd(neurons, 2048)
-        spikes, statistic = _run(listed.reshape(len(x), -1, columns), self.v_init, self.threshold, self.decay,
-                                 self.surrogate, self.mp_init if self.training else "off")
-        if statistic is not None:
-            self._update_v_init(statistic)
+        spikes, mean = _run(listed.reshape(len(x), -1, columns), self.v_init, self.threshold, self.decay, self.surrogate,
+                            self.mp_init if self.training else "off", dist.is_available() and dist.is_initialized())
+        if mean is not None:                                     # MP-Init  mu <- (1 - beta) mu + beta m
+            # A new tensor, not lerp_ in place: the backward pass still to come runs the loop again from the old value.
+            self.v_init = self.v_init.to(mean.dtype).lerp(mean, self.momentum).to(self.v_init.dtype)
         return spikes.reshape(listed.shape).permute(0, *(1 + order.index(d) for d in range(1, x.dim())))
-
-    @torch.no_grad()
-    def _update_v_init(self, statistic):
-        """MP-Init: mu <- (1 - beta) mu + beta m, m the mean of v[T] over the chosen neurons; unchanged if
-        there are none, or any potential is not finite."""
-        if dist.is_available() and dist.is_initialized():        # every process sees a part of the batch: sum first,
-            dist.all_reduce(statistic)                           # divide after, and N processes equal one
-        total, count = statistic
-        new = self.v_init.to(total.dtype).lerp(total / count, self.momentum)         # NaN if none fired or an input was NaN
-        # A new tensor, not lerp_ in place: the backward pass still to come runs the loop again from the old value.
-        self.v_init = torch.where(new.isfinite(), new, self.v_init).to(self.v_init.dtype)
 
     def extra_repr(self):
         return (f"threshold={self.threshold.item():.4g}, tau={self.tau.item():.4g}, v_init={self.v_init.item():.4g}, "
