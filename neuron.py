@@ -289,6 +289,9 @@ def _benchmark(timesteps=4):
         COMPILE = True
         fused = time_of(step)
         print(f"{neurons:8d}  {plain:12.2f}  {fused:8.2f}  {floor:14.2f}  {fused / floor:15.2f}x  {plain / fused:15.1f}x")
+    if device == "cpu":
+        print("Many times the floor at large sizes? Under Linux large tensors may get their memory anew each time, page by page;\n"
+              "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 python neuron.py keeps it.")
 
 
 if __name__ == "__main__":
