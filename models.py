@@ -23,6 +23,7 @@ import math
 
 import torch
 import torch.nn as nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from neuron import TrLIF, compile_options
@@ -171,7 +172,7 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, **neuron_option
     in_channels     3 for colour images, 2 for event frames
     width           the stem's channels in a resnet, a sixth of the embedding in spikformer (a multiple of 4): 64 is
                     the published network, small values make narrow ones for small machines
-    neuron_options  handed to every TrLIF: threshold, tau, mp_init, surrogate, momentum, learnable
+    neuron_options  handed to every TrLIF: threshold, tau, mp_init, surrogate, momentum, learnable, check
 
     forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for what it can't build.
     """
@@ -202,7 +203,7 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, **neuron_option
 
 @torch.no_grad()
 def scale_currents(model, threshold):
-    """Let every BatchNorm start at weight theta instead of 1, in place (as in tdBN, Zheng et al. 2021). Returns the model.
+    """Multiply every BatchNorm's weight, 1 at the start, by theta, in place (as in tdBN, Zheng et al. 2021). Returns the model.
 
     Input currents then have deviation theta at the start, and another initial threshold is a mere change of units. TrSG
     does not notice it: a layer emits theta s, the next BatchNorm divides by that theta and multiplies by its weight.
@@ -216,7 +217,7 @@ def scale_currents(model, threshold):
 
 @torch.no_grad()
 def start_near_identity(model):
-    """Let every block of a plain resnet start out passing on the spikes of its shortcut, in place. Returns the model.
+    """Let every block of a plain resnet start out passing on what comes over its shortcut, in place. Returns the model.
 
     A block that fires after its addition has no path around the neuron: 16 of them in a row garble what they carry before
     training has begun. For ReLUs the remedy is a last BatchNorm that starts at 0 (Goyal et al. 2017). A neuron needs a bias
@@ -236,7 +237,7 @@ def start_near_identity(model):
         if bias >= neuron.threshold:
             raise ValueError(f"near_identity needs a tau below {1 + spike / (2 * neuron.threshold):.3g}, not {neuron.tau:.3g}: "
                              "neurons would fire without a spike")
-        nn.init.constant_(block.bn2.weight, 0.1)
+        nn.init.constant_(block.bn2.weight, 0.1 * spike)         # a small disturbance beside the spike
         nn.init.constant_(block.bn2.bias, bias)
     return model
 
@@ -303,11 +304,10 @@ def fold(model):
             new = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
         else:
             weight = torch.cat([layer.weight * theta[s] for s in sources], 1) if sources else layer.weight
-            bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+            bias = layer.bias
             if bn:
-                gain = layers[bn].weight / (layers[bn].running_var + layers[bn].eps).sqrt()
-                weight = (weight.transpose(0, -1) * gain).transpose(0, -1)
-                bias = (bias - layers[bn].running_mean) * gain + layers[bn].bias
+                fuse, norm = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights, layers[bn]
+                weight, bias = fuse(weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
                 setattr(layers[bn.rpartition(".")[0]], bn.rpartition(".")[2], nn.Identity())
             new = (nn.Linear(*weight.T.shape) if isinstance(layer, nn.Linear) else
                    nn.Conv2d(weight.shape[1], len(weight), layer.kernel_size, layer.stride, layer.padding))

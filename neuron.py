@@ -41,7 +41,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Run the time loop as one fused kernel (torch.compile) where that pays: on a GPU, and on a CPU from this many input
 # elements on. (Fused was faster at every size tried; compiling takes some ten seconds, a few hundred such calls repay it.)
-# False: always operation by operation; results then differ by rounding.
+# False: always operation by operation; results then differ by rounding. Needed for gradients of gradients
+# (create_graph=True), which torch.compile does not have.
 COMPILE = True
 CPU_COMPILE_FROM = 2 ** 16
 
@@ -87,14 +88,14 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     surrogate  "trsg" emits theta s;  "absolute", the naive form kept for comparison, emits s
 
     Returns (spikes, a list of T tensors [...] in x's dtype, v [...] the potential after the last step, fired [...] bool,
-    True where the neuron fired at least once). Potentials are float32 at least. Differentiable in x, threshold and
-    decay, through the reset as well. arXiv:2511.08708.
+    True where the neuron fired at least once). Potentials are float32 at least. Differentiable in x, v_init, threshold
+    and decay, through the reset as well. arXiv:2511.08708.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)          # bf16 currents still integrate in float32
     # One threshold and one decay per neuron (a view, no memory): their gradients then add up neuron by neuron, and
     # are summed over the layer once at the end instead of once per use.
     threshold, decay = (p.to(dtype).expand(x.shape[1:]) for p in (threshold, decay))
-    v, fired, spikes = v_init.to(dtype), False, []
+    v, fired, spikes = v_init.to(dtype), x.new_zeros(x.shape[1:], dtype=torch.bool), []
     for x_t in x.unbind(0):
         h = v + decay * (x_t.to(dtype) - v)                      # charge  h[t] = v[t-1] + k (x[t] - v[t-1])
         s = h >= threshold                                       # fire    s[t] = 1 if h[t] >= theta else 0
@@ -165,7 +166,8 @@ def _run(x, *args):
     """_lif_and_mean(x, *args): fused where that pays and is possible, else as it stands."""
     global COMPILE
     pays = x.device.type != "cpu" or x.numel() >= CPU_COMPILE_FROM
-    if COMPILE and pays and not torch.compiler.is_compiling():   # inside a compiled network the loop fuses anyway
+    real = type(x) is torch.Tensor and not x.is_meta             # a kernel would crash on a FakeTensor, for example
+    if COMPILE and pays and real and not torch.compiler.is_compiling():              # in a compiled network it fuses anyway
         try:
             with _many_compilations(threading.get_ident()):
                 return _compiled()(_NotAView.apply(x), *args)
@@ -195,8 +197,12 @@ class TrLIF(nn.Module):
 
     forward: current [T, B, ...] -> spikes of the same shape, dtype and memory format, with values 0 or theta ("trsg"),
     or 0 or 1 ("absolute"). Raises TypeError for a current that is not floating point, ValueError for one without T
-    and B, with T = 0, or not finite (check). Train it outside of torch.utils.checkpoint, which would run it, and update
-    v_init, twice; it keeps only its input for the backward pass anyway. arXiv:2511.08708.
+    and B, with T = 0, or not finite (check). arXiv:2511.08708.
+
+    In training every forward replaces v_init. So: no training inside of torch.utils.checkpoint, which would run it a second
+    time from another start and get wrong gradients (it keeps only its input for the backward pass anyway); none with
+    nn.DataParallel or in CUDA graphs captured by hand, which lose the new value. With torch.distributed the mean is that
+    of all processes of the default group, each of which has to make the call.
     """
 
     def __init__(self, threshold=1.0, tau=2.0, mp_init="active", surrogate="trsg", momentum=0.1, learnable=True,
@@ -248,18 +254,21 @@ class TrLIF(nn.Module):
         listed = x.permute(0, *order)
         if not listed[0].is_contiguous():
             order, listed = range(1, x.dim()), x.contiguous()
-        neurons = x.numel() // len(x)                            # a CPU sums best in one row, a GPU needs many at a time
+        neurons = x[0].numel()                                   # a CPU sums best in one row, a GPU needs many at a time
         columns = max(neurons, 1) if x.device.type == "cpu" else math.gcd(neurons, 2048)
         spikes, mean = _run(listed.reshape(len(x), -1, columns), self.v_init, self.threshold, self.decay, self.surrogate,
                             self.mp_init if self.training else "off", dist.is_available() and dist.is_initialized())
         if mean is not None:                                     # MP-Init  mu <- (1 - beta) mu + beta m
-            # A new tensor, not lerp_ in place: the backward pass still to come runs the loop again from the old value.
-            self.v_init = self.v_init.to(mean.dtype).lerp(mean, self.momentum).to(self.v_init.dtype)
+            # A new tensor, not lerp_ in place: the backward pass still to come runs the loop again from the old value
+            # (that of a compiled network would read the new one even from a copy made before).
+            with torch.inference_mode(False):                    # else nobody could train from this v_init, or load into it
+                self.v_init = self.v_init.to(mean.dtype).lerp(mean, self.momentum).to(self.v_init.dtype)
         return spikes.reshape(listed.shape).permute(0, *(1 + order.index(d) for d in range(1, x.dim())))
 
     def extra_repr(self):
-        return (f"threshold={self.threshold.item():.4g}, tau={self.tau.item():.4g}, v_init={self.v_init.item():.4g}, "
-                f"mp_init={self.mp_init!r}, surrogate={self.surrogate!r}")
+        values = {"threshold": self.threshold, "tau": self.tau, "v_init": self.v_init}
+        shown = [f"{name}={value.item():.4g}" for name, value in values.items() if not value.is_meta]
+        return ", ".join([*shown, f"mp_init={self.mp_init!r}", f"surrogate={self.surrogate!r}"])
 
 
 def _benchmark(timesteps=4):

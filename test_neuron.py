@@ -324,6 +324,29 @@ def test_falls_back_to_the_plain_loop_with_one_warning(monkeypatch):
     assert len(caught) == 1 and torch.equal(first, second) and torch.equal(first, torch.stack(neuron.lif(x, *map(torch.tensor, (0., 1., .5)))[0]))
 
 
+@pytest.mark.parametrize("mode", ["plain", "fused"])
+def test_a_layer_that_learned_its_start_in_inference_mode_can_be_trained_and_loaded(mode, request):
+    request.getfixturevalue(mode)
+    layer, x = TrLIF(), torch.randn(3, 4, 50)
+    with torch.inference_mode():
+        layer(x)
+    start = layer.v_init.clone()
+    assert start != 0
+    layer(x.requires_grad_()).sum().backward()
+    assert layer.v_init != start and layer.raw_threshold.grad != 0
+    layer.load_state_dict(TrLIF().state_dict())
+    assert layer.v_init == 0
+
+
+def test_fake_and_meta_tensors_have_shapes_but_no_values(fused):
+    assert TrLIF()(torch.randn(3, 4, 50)).isfinite().all()
+    with torch._subclasses.fake_tensor.FakeTensorMode():         # a fused kernel would read memory that is not there
+        layer = TrLIF()
+        assert layer(torch.randn(3, 4, 50)).shape == (3, 4, 50)
+    layer = TrLIF().to("meta")
+    assert layer(torch.randn(3, 4, 50, device="meta")).shape == (3, 4, 50) and repr(layer) == "TrLIF(mp_init='active', surrogate='trsg')"
+
+
 def test_a_batch_that_is_not_finite_leaves_the_start_alone():
     layer, x = TrLIF(), torch.full((2, 5), 3.0)
     layer(x)
@@ -517,7 +540,7 @@ def test_blocks_near_the_identity_pass_their_input_on(surrogate, threshold, tau)
     model = models.start_near_identity(models.build("resnet34", 10, 8, width=4, **options)).double()
     amplitude = threshold if surrogate == "trsg" else 1.0
     for block in model.blocks:
-        assert block.bn2.weight.min() == block.bn2.weight.max() == pytest.approx(0.1)
+        assert block.bn2.weight.min() == block.bn2.weight.max() == pytest.approx(0.1 * amplitude)
         b, k = block.bn2.bias[0].item(), 1 / tau                 # after one step as far below theta as above it
         assert threshold - k * b == pytest.approx(k * (b + amplitude) - threshold, rel=1e-5) and b < threshold
         if block.shortcut is None:                               # at weight 0 the block is exactly the identity
