@@ -61,6 +61,8 @@ def write_atomically(path, write):
     """write(file) into a temporary file beside path, then rename: whoever reads path sees the old or the new, whole."""
     path = pathlib.Path(path)
     temporary = None
+    if path.exists() and not path.is_file():                     # /dev/null, say, would become an ordinary file
+        raise UserError(f"cannot write {path}: it is no ordinary file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -82,7 +84,7 @@ def lock(folder, wait):
     """Hold folder/.lock until the file returned is closed or this process ends. Where another holds it: wait, or UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        file = open(folder / ".lock", "a")
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
@@ -93,7 +95,9 @@ def lock(folder, wait):
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says in one line: its first, and the second where the first is but a heading."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])
 
 
 def memory_format(device):

@@ -16,10 +16,13 @@ import argparse
 import collections
 import copy
 import math
+import os
 import pathlib
 import pickle
 import sys
 import time
+import zipfile
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -40,12 +43,16 @@ BINS = 2 * RANGE * BINS_PER_THRESHOLD
 def load_checkpoint(path):
     """A checkpoint as train.py wrote it, on the CPU: plain data and tensors, nothing that could run code."""
     try:
+        if zipfile.is_zipfile(path):                             # torch.load would take flipped bits for weights
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip():
+                    raise UserError(f"{path} is damaged (its checksums do not fit): take another copy, or train again")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:                      # weights_only refused it
         raise UserError(f"{path} is no checkpoint of train.py, or holds objects other than plain data") from error
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as a checkpoint, it may be truncated: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of train.py ('format' is not {FORMAT!r})")
@@ -99,6 +106,8 @@ def test_data(checkpoint, data_dir, workers, timesteps=None):
     if len(dataset.classes) != checkpoint["network"]["num_classes"]:
         raise UserError(f"{described['name']} in {data_dir} has {len(dataset.classes)} classes, the checkpoint's network "
                         f"{checkpoint['network']['num_classes']}")
+    if described.get("names", dataset.classes) != dataset.classes:
+        raise UserError(f"the classes of {described['name']} in {data_dir} are not those that the checkpoint was trained on: give another --data-dir")
     dataset.mean, dataset.std = described["mean"], described["std"]
     return dataset
 
@@ -246,7 +255,7 @@ def inspect(path, checkpoint, model, dataset, batch_size, images=None):
     result, counts = observe(model, take(dataset, batch_size, images))
     # Run on for 4 T steps, or longer where a leak is slow: until (1 - k)^steps, what is left of the start, is 1 %.
     kept = min(max(max(1 - layer.decay.item() for layer in neurons.values()), 1e-6), 1 - 1e-6)
-    steps = T + min(max(4 * T, math.ceil(math.log(0.01) / math.log(kept))), 64)
+    steps = T + min(max(4 * T, math.ceil(math.log(0.01) / math.log(kept))), max(64, T))
     runs = {}
     for start, v_init in ("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0):
         run_on, laws = potentials(model, take(dataset, max(1, batch_size * T // steps), images), T, steps, v_init)
@@ -466,11 +475,13 @@ def arguments(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     p.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, metavar="N", help="processes that decode large images (default: %(default)s)")
     args = p.parse_args(argv)
-    for flag, path in (("--gradients", args.gradients), ("--plot", args.plot)):      # the place of another file, perhaps
-        if path and not path.endswith(".png"):
-            p.error(f"{flag} writes a picture, and {path} does not end in .png")
-    if not args.checkpoint and args.gradients is None or len(args.checkpoint) > 1 and args.save_folded:
-        p.error("--save-folded takes one checkpoint" if args.checkpoint else "no checkpoint given")
+    for flag, path, ending in (("--gradients", args.gradients, ".png"), ("--plot", args.plot, ".png"), ("--report", args.report, ".md")):
+        if path and not path.endswith(ending):                   # the place of another file, perhaps: of a checkpoint
+            p.error(f"{flag} writes a file *{ending}, and {path} does not end so")
+    if len(args.checkpoint) > 1 and args.save_folded:
+        p.error("--save-folded takes one checkpoint")
+    if not args.checkpoint and (args.gradients is None or args.inspect or args.report or args.plot or args.fold or args.save_folded):
+        p.error("no checkpoint given")
     return args
 
 
@@ -498,6 +509,8 @@ def main(argv=None):
         checkpoint = load_checkpoint(path)
         model = build_network(checkpoint, path).to(device, memory_format=data.memory_format(device))
         network = checkpoint["network"]
+        if args.save_folded and os.path.isfile(args.save_folded) and not load_checkpoint(args.save_folded).get("folded"):
+            raise UserError(f"--save-folded would replace {args.save_folded}, which is not a folded network: give another name")
         model.timesteps = args.timesteps or network["timesteps"]
         dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(device)
         print(f"{path}: {network['arch']}, width {network['width']}, T = {dataset.frames or model.timesteps}, "
@@ -532,15 +545,24 @@ def run(main, program):
     """Call main(); an expected failure becomes one line on stderr and exit code 2."""
     try:
         main()
+    except BrokenPipeError:                                      # whoever read what is printed has gone, head for example
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except ConnectionError:                                      # a worker process died, say: nothing the user can mend
         raise
     except (UserError, OSError) as error:                        # OSError: a name too long, a folder without access, ...
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:                 # on a CPU PyTorch has no exception of its own for it
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:                 # PyTorch has few exceptions of its own
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            advice = "out of memory, try a smaller --batch-size"
+        elif "shared memory" in str(error):
+            advice = "too little shared memory for worker processes, try --workers 0 (or with docker --shm-size 8g)"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            advice = "the network cannot be compiled here, install a C++ compiler or give --no-compile"
+        else:
             raise
-        print(f"{program}: error: out of memory, try a smaller --batch-size: {first_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {advice}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

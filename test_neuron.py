@@ -1741,7 +1741,8 @@ def fails(capsys, program, arguments, expected):
     ("--accumulate 3", "does not divide"), ("--device gpu", "--device gpu"), ("--device hpu", "--device hpu cannot be used here"), ("--device meta", "--device meta cannot"), ("--optimizer lion", "lion"), ("--fast", "--fast"),
     ("--arch spikformer --width 6", "multiple of 4"), ("--near-identity", "needs a tau below 1.5, not 2"), ("--image-size 0", "at least 1"),
     ("--image-size 64", "cifar10 has its own size"), ("--resume auto", "--out"),
-    ("--dataset nmnist --augment trivial", "for images"),
+    ("--dataset nmnist --augment trivial", "for images"), ("--dataset nmnist --dvs-split random", "--dvs-split is for cifar10-dvs"),
+    ("--bin-by time", "for recordings of events"), ("--fixed-neuron --neuron-rate 1", "leave --neuron-rate out"), ("--resume=", "--resume needs the name"),
     ("--resume here --out there", "leave --out out"), (f"--out {'a' * 300}", "too long"), (f"--data-dir {'a' * 300}", "too long"),
     ("--sync-bn", "GPUs only"), ("--resume nowhere", "no such file"), ("--out /proc/run", "cannot write into /proc/run")])
 def test_flags_out_of_range(capsys, tiny, tmp_path, flags, expected):
@@ -1838,12 +1839,73 @@ def test_bad_checkpoints(capsys, trained, tmp_path):
 @pytest.mark.parametrize("flags, expected", [
     ("--arch resnet18", "--arch resnet19, not resnet18"), ("--dataset cifar100", "--dataset shapes, not cifar100"),
     ("--timesteps 4", "--timesteps 2, not 4"), ("--width 8", "--width 4, not 8"),
-    ("--classes 5", "--classes None, not 5"), ("--tau 3", "--tau 2.0, not 3.0"), ("--threshold 2", "--threshold 1.0, not 2.0")])
+    ("--classes 5", "--classes None, not 5"), ("--mp-init off", "--mp-init active, not off"), ("--tau 3", "--tau 2.0, not 3.0"), ("--threshold 2", "--threshold 1.0, not 2.0")])
 def test_a_resumed_run_must_keep_its_network_and_data(capsys, trained, flags, expected):
     before = (trained / "last.pt").read_bytes()
     fails(capsys, "train.py", ["--resume", trained, *flags.split()], expected)
     fails(capsys, "train.py", [*SMALL, "--out", trained], "holds a run already")
+    fails(capsys, "train.py", ["--resume", trained / "last.pt"], f"needs the folder of the run, {trained}")
     assert (trained / "last.pt").read_bytes() == before
+
+
+def test_a_run_does_not_replace_what_is_left_of_another(capsys, trained, tmp_path):
+    shutil.copy(trained / "best.pt", tmp_path / "best.pt")
+    fails(capsys, "train.py", [*SMALL, "--out", tmp_path], "holds a run already (best.pt)")
+    assert (tmp_path / "best.pt").read_bytes() == (trained / "best.pt").read_bytes()
+
+
+@pytest.mark.parametrize("flags, expected", [(["--report", "last.pt", "other.pt"], "does not end so"), (["last.pt", "--save-folded", "last.pt"], "is not a folded network"),
+                                             (["last.pt", "--save-folded", "null.pt"], "no ordinary file")])
+def test_evaluation_does_not_replace_checkpoints_and_special_files(capsys, trained, tmp_path, monkeypatch, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained / "last.pt", tmp_path)
+    os.symlink(os.devnull, "null.pt")
+    fails(capsys, "eval.py", [*flags, "--images", 2], expected)
+    assert (tmp_path / "last.pt").read_bytes() == (trained / "last.pt").read_bytes()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(capsys, trained, tmp_path):
+    content = bytearray((trained / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 16
+    (tmp_path / "last.pt").write_bytes(content)
+    fails(capsys, "eval.py", [tmp_path / "last.pt"], "is damaged")
+
+
+def test_other_classes_of_the_same_number_are_refused(capsys, tmp_path):
+    for name in "ab":
+        for path in (f"{name}/{split}/{name}{c}" for split in ("train", "test") for c in range(3)):
+            (tmp_path / path).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (8, 8)).save(tmp_path / path / f"{i}.png")
+    flags = [*SMALL, "--dataset", "folder", "--image-size", 8, "--batch-size", 6, "--epochs", 1, "--workers", 0, "--data-dir", tmp_path / "a"]
+    printed(capsys, train, *flags, "--out", tmp_path / "run")
+    printed(capsys, evaluation, tmp_path / "run/last.pt", "--data-dir", tmp_path / "a", "--workers", 0)
+    fails(capsys, "eval.py", [tmp_path / "run/last.pt", "--data-dir", tmp_path / "b", "--workers", 0], "are not those that the checkpoint was trained on")
+    fails(capsys, "train.py", ["--resume", tmp_path / "run", "--epochs", 2, "--data-dir", tmp_path / "b"], "other classes")
+
+
+def test_a_reader_who_leaves_costs_nothing(tmp_path):
+    """train.py | head -1: it ends quietly at the next line, and the epoch before that line is saved."""
+    run = subprocess.Popen([sys.executable, "train.py", *SMALL, "--limit", "32", "--batch-size", "16", "--epochs", "50", "--out", str(tmp_path / "run")],
+                           cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.readline()
+    run.stdout.close()
+    error = run.stderr.read().decode()
+    assert run.wait() == 141 and "Traceback" not in error, error
+    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 2 and (tmp_path / "run/last.pt").exists()
+
+
+@pytest.mark.parametrize("error, advice", [
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "try --workers 0"),
+    (torch._dynamo.exc.TorchRuntimeError("No working C++ compiler found"), "give --no-compile"),
+    (MemoryError(), "smaller --batch-size")])
+def test_what_the_machine_lacks_is_one_line_with_advice(capsys, error, advice):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        evaluation.run(main, "train.py")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1 and advice in said
 
 
 def test_a_folded_network_does_not_go_on_training(capsys, trained, tmp_path):

@@ -39,7 +39,8 @@ SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0
                          neuron_rate=1.0)
 # What a resumed run may not change: another network, other data, a start that lies behind it, or the
 # optimizer, whose state goes on.
-FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "near_identity", "scale_currents", "optimizer", "dvs_split", "bin_by", "classes")
+FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate", "fixed_neuron", "near_identity", "scale_currents",
+         "optimizer", "dvs_split", "bin_by", "classes")
 
 
 def settings(argv=None):
@@ -92,6 +93,9 @@ def settings(argv=None):
     defaults = vars(p.parse_args([]))
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     given = {name: value for name, value in given.items() if value is not None}
+    for flag in ("out", "resume"):
+        if given.get(flag) == "":                                # an unset variable in a script, perhaps
+            p.error(f"--{flag} needs the name of a folder")
     if given.get("resume") == "auto" and "out" not in given:
         p.error("--resume auto needs --out DIR")
     if given.get("resume", "auto") != "auto" and pathlib.Path(given.get("out", given["resume"])).resolve() != pathlib.Path(given["resume"]).resolve():
@@ -105,6 +109,12 @@ def decide(s, given):
         raise UserError(f"--image-size is for shapes, folder and imagenet: {s['dataset']} has its own size, leave the flag out")
     if given.get("augment") == "trivial" and s["dataset"] in data.SENSORS:
         raise UserError(f"--augment trivial is for images: leave it out with {s['dataset']}")
+    if "dvs_split" in given and s["dataset"] not in ("cifar10-dvs", "shapes-dvs"):
+        raise UserError(f"--dvs-split is for cifar10-dvs and shapes-dvs: leave it out with {s['dataset']}")
+    if "bin_by" in given and s["dataset"] not in data.SENSORS:
+        raise UserError(f"--bin-by is for recordings of events: leave it out with {s['dataset']}")
+    if "neuron_rate" in given and s["fixed_neuron"]:
+        raise UserError("--fixed-neuron trains no thresholds: leave --neuron-rate out")
     recipe = SPIKFORMER_RECIPE if s["arch"] == "spikformer" else RESNET_RECIPE
     for name, value in recipe.items():
         s[name] = value if s[name] is None else s[name]
@@ -119,6 +129,8 @@ def open_run(s, given):
     """The folder of the run and, when resuming, its checkpoint and settings. Refuses to overwrite another run."""
     if s["resume"] and (s["resume"] != "auto" or (pathlib.Path(s["out"]) / "last.pt").exists()):
         out = pathlib.Path(s["out"] if s["resume"] == "auto" else s["resume"])
+        if out.is_file():
+            raise UserError(f"{out} is a file: --resume needs the folder of the run, {out.parent}")
         checkpoint = load_checkpoint(out / "last.pt")
         if "settings" not in checkpoint:
             raise UserError(f"{out / 'last.pt'} holds a folded network, which is for evaluation: resume a run that train.py wrote")
@@ -130,8 +142,8 @@ def open_run(s, given):
         return out, checkpoint, {**s, **checkpoint["settings"], "device": s["device"], **given}, changed
     name = f"{s['dataset']}-{s['arch']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     out = pathlib.Path(s["out"] or pathlib.Path("runs") / name)
-    if (out / "last.pt").exists():
-        raise UserError(f"{out} holds a run already: add --resume auto to go on with it, or give another --out")
+    if not s["resume"] and (found := [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]):
+        raise UserError(f"{out} holds a run already ({', '.join(found)}): add --resume auto to go on with it, or give another --out")
     return out, None, s, {}
 
 
@@ -281,6 +293,8 @@ def main(argv=None):
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{out / 'last.pt'} does not fit these settings: {data.first_line(error)}") from error
+        if checkpoint["data"].get("names", dataset.classes) != dataset.classes:
+            raise UserError(f"the run in {out} was trained on other classes than {s['data_dir']} has: give the --data-dir it was trained on")
         for parameter, state in optimizer.state.items():         # channels_last on a GPU, and not on a CPU: as the weights here
             state.update({k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if k != "step" and v is not None})
         for group, fresh in zip(optimizer.param_groups, make_optimizer(model, s).param_groups):
@@ -315,7 +329,7 @@ def main(argv=None):
         state = dict(format=FORMAT, network=network, model=model.state_dict(), settings=s, epoch=epoch, step=step, best=best,
                      rows=rows, seconds=spent + time.perf_counter() - start, totals=totals, optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict(), data=dict(name=s["dataset"], mean=dataset.mean, std=dataset.std, image_size=s["image_size"],
-                               dvs_split=s["dvs_split"], bin_by=s["bin_by"], classes=s["classes"]))
+                               dvs_split=s["dvs_split"], bin_by=s["bin_by"], classes=s["classes"], names=list(dataset.classes)))
         data.write_atomically(out / name, lambda file: torch.save(state, file))
 
     def time_left():
@@ -387,9 +401,6 @@ def main(argv=None):
                          **{f"test_acc_t{t}": f"{a:.5f}" for t, a in enumerate(test["top1_at"], 1)},
                          images_per_s=f"{(steps - first_step) * s['batch_size'] / train_seconds:.1f}",
                          seconds=f"{spent + time.perf_counter() - start:.1f}", **({"split": dataset.split} if dataset.split else {})))
-        say(f"epoch {epoch + 1}/{s['epochs']}: loss {loss / images:.4f}, accuracy {100 * right / images:.2f} %, test {100 * test['top1']:.2f} % "
-            f"({', '.join(f't={t} {100 * a:.2f}' for t, a in enumerate(test['top1_at'], 1))}), {rows[-1]['images_per_s']} images/s, "
-            f"{time_left()} left", flush=True)
         epoch, step, better = epoch + 1, 0, test["top1"] > best
         best = max(best, test["top1"])
         totals.zero_()
@@ -399,6 +410,9 @@ def main(argv=None):
                 save("best.pt")
             save("last.pt")
         saved = time.perf_counter()
+        say(f"epoch {epoch}/{s['epochs']}: loss {loss / images:.4f}, accuracy {100 * right / images:.2f} %, test {100 * test['top1']:.2f} % "
+            f"({', '.join(f't={t} {100 * a:.2f}' for t, a in enumerate(test['top1_at'], 1))}), {rows[-1]['images_per_s']} images/s, "
+            f"{time_left()} left", flush=True)
     say(f"done: {s['arch']} on {s['dataset']}, T = {s['timesteps']}: test accuracy {100 * float(rows[-1]['test_acc_t' + str(s['timesteps'])]):.2f} %, best {100 * best:.2f} %, "
         f"{duration(spent + time.perf_counter() - start)}, {out}")
     if world > 1:
