@@ -477,7 +477,7 @@ def arguments(argv=None):
     args = p.parse_args(argv)
     for flag, path, ending in (("--gradients", args.gradients, ".png"), ("--plot", args.plot, ".png"), ("--report", args.report, ".md")):
         if path and not path.endswith(ending):                   # the place of another file, perhaps: of a checkpoint
-            p.error(f"{flag} writes a file *{ending}, and {path} does not end so")
+            p.error(f"{flag} writes a file *{ending}, and {path} does not end in {ending}")
     if len(args.checkpoint) > 1 and args.save_folded:
         p.error("--save-folded takes one checkpoint")
     if not args.checkpoint and (args.gradients is None or args.inspect or args.report or args.plot or args.fold or args.save_folded):
@@ -514,7 +514,8 @@ def main(argv=None):
         model.timesteps = args.timesteps or network["timesteps"]
         dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(device)
         print(f"{path}: {network['arch']}, width {network['width']}, T = {dataset.frames or model.timesteps}, "
-              f"{checkpoint['data']['name']}{f', split {dataset.split}' if dataset.split else ''}, epoch {checkpoint['epoch']}{', folded' if checkpoint.get('folded') else ''}")
+              f"{checkpoint['data']['name']}{f', split {dataset.split}' if dataset.split else ''}, epoch {checkpoint['epoch']}{', folded' if checkpoint.get('folded') else ''}"
+              + (" (trained in bfloat16, evaluated in float32)" if checkpoint.get("settings", {}).get("amp") else ""))
         if args.fold or args.save_folded:
             if checkpoint.get("folded"):
                 raise UserError(f"{path} is folded already")

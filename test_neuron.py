@@ -1854,7 +1854,7 @@ def test_a_run_does_not_replace_what_is_left_of_another(capsys, trained, tmp_pat
     assert (tmp_path / "best.pt").read_bytes() == (trained / "best.pt").read_bytes()
 
 
-@pytest.mark.parametrize("flags, expected", [(["--report", "last.pt", "other.pt"], "does not end so"), (["last.pt", "--save-folded", "last.pt"], "is not a folded network"),
+@pytest.mark.parametrize("flags, expected", [(["--report", "last.pt", "other.pt"], "does not end in .md"), (["last.pt", "--save-folded", "last.pt"], "is not a folded network"),
                                              (["last.pt", "--save-folded", "null.pt"], "no ordinary file")])
 def test_evaluation_does_not_replace_checkpoints_and_special_files(capsys, trained, tmp_path, monkeypatch, flags, expected):
     monkeypatch.chdir(tmp_path)
