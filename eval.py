@@ -96,6 +96,15 @@ def evaluate(model, batches, amp=False):
     return {"top1_at": top1_at, "top1": top1_at[-1], "top5": among5 / images, "images": images}
 
 
+def check_classes(checkpoint, dataset, data_dir):
+    """UserError unless the data set has the very classes that the checkpoint's network was trained on."""
+    name, classes = checkpoint["data"]["name"], checkpoint["network"]["num_classes"]
+    if len(dataset.classes) != classes:
+        raise UserError(f"{name} in {data_dir} has {len(dataset.classes)} classes, the checkpoint's network {classes}")
+    if checkpoint["data"].get("names", dataset.classes) != dataset.classes:
+        raise UserError(f"{name} in {data_dir} has other classes: they are not those that the checkpoint was trained on, give another --data-dir")
+
+
 def test_data(checkpoint, data_dir, workers, timesteps=None):
     """The checkpoint's test set, normalised as in its training; recordings of events in frames and split as there."""
     described = checkpoint["data"]
@@ -103,11 +112,7 @@ def test_data(checkpoint, data_dir, workers, timesteps=None):
                         described.get("dvs_split"), described.get("bin_by"))
     if described.get("classes"):
         dataset.keep_classes(described["classes"])
-    if len(dataset.classes) != checkpoint["network"]["num_classes"]:
-        raise UserError(f"{described['name']} in {data_dir} has {len(dataset.classes)} classes, the checkpoint's network "
-                        f"{checkpoint['network']['num_classes']}")
-    if described.get("names", dataset.classes) != dataset.classes:
-        raise UserError(f"the classes of {described['name']} in {data_dir} are not those that the checkpoint was trained on: give another --data-dir")
+    check_classes(checkpoint, dataset, data_dir)
     dataset.mean, dataset.std = described["mean"], described["std"]
     return dataset
 
@@ -502,6 +507,8 @@ def main(argv=None):
     args, looks = arguments(argv), []
     if args.plot or args.gradients:
         pyplot()                                         # missing? better said now than after the work
+    if args.save_folded and os.path.isfile(args.save_folded) and not load_checkpoint(args.save_folded).get("folded"):
+        raise UserError(f"--save-folded would replace {args.save_folded}, which is not a folded network: give another name")
     device = data.use_device(args.device)
     if args.gradients is not None:
         gradients(args.gradients)
@@ -509,8 +516,6 @@ def main(argv=None):
         checkpoint = load_checkpoint(path)
         model = build_network(checkpoint, path).to(device, memory_format=data.memory_format(device))
         network = checkpoint["network"]
-        if args.save_folded and os.path.isfile(args.save_folded) and not load_checkpoint(args.save_folded).get("folded"):
-            raise UserError(f"--save-folded would replace {args.save_folded}, which is not a folded network: give another name")
         model.timesteps = args.timesteps or network["timesteps"]
         dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(device)
         print(f"{path}: {network['arch']}, width {network['width']}, T = {dataset.frames or model.timesteps}, "

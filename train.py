@@ -29,7 +29,7 @@ import data
 import models
 import neuron
 from data import UserError
-from eval import FORMAT, evaluate, load_checkpoint, number, parser, run
+from eval import FORMAT, check_classes, evaluate, load_checkpoint, number, parser, run
 
 # What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
 # A threshold gathers the gradients of a whole layer: at the full rate of the weights narrow networks stayed at
@@ -288,13 +288,12 @@ def main(argv=None):
     epoch, step, best, rows, spent = 0, 0, 0.0, [], 0.0
     totals = torch.zeros(3, device=device)                       # of this epoch: loss, right, images
     if checkpoint:
+        check_classes(checkpoint, dataset, s["data_dir"])
         try:
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{out / 'last.pt'} does not fit these settings: {data.first_line(error)}") from error
-        if checkpoint["data"].get("names", dataset.classes) != dataset.classes:
-            raise UserError(f"the run in {out} was trained on other classes than {s['data_dir']} has: give the --data-dir it was trained on")
         for parameter, state in optimizer.state.items():         # channels_last on a GPU, and not on a CPU: as the weights here
             state.update({k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if k != "step" and v is not None})
         for group, fresh in zip(optimizer.param_groups, make_optimizer(model, s).param_groups):
