@@ -1,126 +1,73 @@
-"""Look at checkpoints:  python eval.py runs/NAME/best.pt
+"""What a trained network does and costs:  python eval.py runs/NAME/best.pt
 
-The network is rebuilt from the checkpoint alone. Printed are top-1 and top-5 accuracy on the test set, and the accuracy
-when the network is read out after t = 1 ... T time steps. Further:
+The network is rebuilt from the checkpoint alone. Printed are top-1 and top-5 accuracy on the test
+set, and the accuracy when it is read out after t = 1 ... T time steps. Further:
 
-    python eval.py A.pt --inspect                 firing rates, membrane potentials, operations and energy, layer by layer
-    python eval.py A.pt --report A.md --plot A.png      the same as a file and as a picture
-    python eval.py A.pt B.pt ...                  compare checkpoints: one table
-    python eval.py A.pt --fold                    absorb thresholds and BatchNorm into the weights and check the result
-    python eval.py A.pt --save-folded F.pt        ... and write it; python eval.py F.pt then evaluates that network
-    python eval.py --gradients [FILE.png]         gradient norm at each layer against threshold, on random weights
+    python eval.py A.pt --inspect     firing rates, potentials, operations, energy, layer by layer
+    python eval.py A.pt --report A.md --plot A.png         the same as a file and as a picture
+    python eval.py A.pt B.pt ...      compare checkpoints: one table
+    python eval.py A.pt --fold        absorb thresholds and BatchNorm into the weights, and compare
+    python eval.py A.pt --save-folded F.pt                 ... and write that network
 
-What the figures mean is written under every table.
+    python eval.py --picture FILE.png       both methods in one picture; needs no checkpoint
+    python eval.py --gradients [FILE.png]   gradient norms against the threshold, random weights
+    python eval.py --speed                  one layer, plain and fused, beside what memory allows
+
+What the figures mean is written under every table. This file imports all the others.
 """
 import argparse
 import collections
 import copy
 import math
 import os
-import pathlib
-import pickle
-import sys
 import time
-import zipfile
-import zlib
+from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 import data
 import models
-from data import UserError, first_line
+import neuron
+import train
+from data import UserError
 from neuron import TrLIF, lif
+from train import build_network, check_classes, evaluate, load_checkpoint
 
-FORMAT = "MP-Init + TrSG checkpoint 1"
-PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9                                 # energy of a 32-bit multiply-accumulate, accumulate: 45 nm CMOS
-RANGE, BINS_PER_THRESHOLD = 32, 256                              # potential histograms reach from -32 to 32 thresholds
+# Energy of a 32-bit multiply-accumulate and of an accumulate in pJ, in 45 nm CMOS (Horowitz 2014).
+PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9
+# Histograms of potentials reach from -32 to 32 thresholds.
+RANGE, BINS_PER_THRESHOLD = 32, 256
 BINS = 2 * RANGE * BINS_PER_THRESHOLD
+# What --speed times: layers of so many neurons, each for so many seconds.
+NEURONS = {"cpu": (2 ** 18, 2 ** 21, 2 ** 22), "cuda": (2 ** 18, 2 ** 22, 2 ** 24, 2 ** 26)}
+SECONDS = 1.0
 
 
-def load_checkpoint(path):
-    """A checkpoint as train.py wrote it, on the CPU: plain data and tensors, nothing that could run code."""
-    try:
-        if zipfile.is_zipfile(path):                             # torch.load would take flipped bits for weights
-            with zipfile.ZipFile(path) as parts:
-                if parts.testzip():
-                    raise UserError(f"{path} is damaged (its checksums do not fit): take another copy, or train again")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:                      # weights_only refused it
-        raise UserError(f"{path} is no checkpoint of train.py, or holds objects other than plain data") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint, it may be truncated: {first_line(error)}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is no checkpoint of train.py ('format' is not {FORMAT!r})")
-    if missing := {"network", "model", "data", "epoch"} - set(checkpoint):
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: not as train.py wrote it")
-    return checkpoint
-
-
-def build_network(checkpoint, path="checkpoint"):
-    """The network in a checkpoint, in evaluation mode."""
-    try:
-        model = models.build(**checkpoint["network"])
-        model = models.fold(model) if checkpoint.get("folded") else model
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: weights and description of the network do not fit: {first_line(error)}") from error
-    return model.eval()
-
-
-@torch.no_grad()
-def evaluate(model, batches, amp=False):
-    """Accuracy on (x, y) batches; y = -1 is padding. Under torch.distributed, over what all processes see together.
-
-    Returns a dict: top1_at, a list of the fraction right when read out after t = 1 ... T steps (mean logits so far);
-    top1 = top1_at[-1]; top5; images. Waits for the device once, at the end.
-    """
-    training, totals = model.training, 0
-    model.eval()
-    for x, y in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            logits = model(x)                                    # [T, B, classes]
-        so_far = logits.float().cumsum(0)                        # the mean's argmax is the sum's
-        right = (so_far.argmax(2) == y).sum(1)                   # [T]
-        among5 = (so_far[-1].topk(min(5, logits.shape[2])).indices == y[:, None]).sum()
-        totals = totals + torch.cat([right, among5[None], (y >= 0).sum()[None]])
-    model.train(training)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(totals)
-    *right, among5, images = totals.tolist()
-    top1_at = [r / images for r in right]
-    return {"top1_at": top1_at, "top1": top1_at[-1], "top5": among5 / images, "images": images}
-
-
-def check_classes(checkpoint, dataset, data_dir):
-    """UserError unless the data set has the very classes that the checkpoint's network was trained on."""
-    name, classes = checkpoint["data"]["name"], checkpoint["network"]["num_classes"]
-    if len(dataset.classes) != classes:
-        raise UserError(f"{name} in {data_dir} has {len(dataset.classes)} classes, the checkpoint's network {classes}")
-    if checkpoint["data"].get("names", dataset.classes) != dataset.classes:
-        raise UserError(f"{name} in {data_dir} has other classes: they are not those that the checkpoint was trained on, give another --data-dir")
-
+# ---- Data ---------------------------------------------------------------------------------------
 
 def test_data(checkpoint, data_dir, workers, timesteps=None):
-    """The checkpoint's test set, normalised as in its training; recordings of events in frames and split as there."""
+    """The test set of the data a network was trained on, normalised, split and cut as there."""
     described = checkpoint["data"]
-    dataset = data.load(described["name"], data_dir, described["image_size"], workers, timesteps or checkpoint["network"]["timesteps"],
-                        described.get("dvs_split"), described.get("bin_by"))
+    frames = timesteps or checkpoint["network"]["timesteps"]
+    events = described.get("dvs_split"), described.get("bin_by")
+    size = described["image_size"]
+    dataset = data.load(described["name"], data_dir, size, workers, frames, *events)
     if described.get("classes"):
         dataset.keep_classes(described["classes"])
     check_classes(checkpoint, dataset, data_dir)
+    # Those of the training images, whatever lies in the folder by now.
     dataset.mean, dataset.std = described["mean"], described["std"]
     return dataset
 
 
 def take(dataset, batch_size, images=None):
-    """The test batches without padding, of the first `images` images only if given."""
+    """The test batches (x, y) without padding, of the first `images` images only if given."""
     left = images or math.inf
     for x, y in dataset.test(batch_size):
+        # Padding has the label -1.
         n = min(left, (y >= 0).sum().item())
         yield x[:n], y[:n]
         left -= n
@@ -128,452 +75,748 @@ def take(dataset, batch_size, images=None):
             return
 
 
+# ---- Spikes, operations, energy -----------------------------------------------------------------
+
 def neurons_of(model):
+    # {name: layer}, in the order of computation.
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, TrLIF)}
 
 
-def observe(model, batches):
-    """evaluate(), and the spikes that flowed meanwhile, summed over the images: memory does not grow with their number.
+def observe(model, batches, amp=False):
+    """evaluate(), and the spikes that flowed meanwhile, summed over the images.
 
-    counts: {neuron layer: [T, *neurons], pooling: [*outputs], attention: additions in k^T v, "events", "analog": [C, H, W]}
+    Returns (result, counts). counts, whose size does not grow with the number of images:
+    {neuron layer: [T, *neurons], pooling: [1, *outputs], "NAME k^T v": additions in attention NAME,
+    "events": spikes in the input, "analog": other values in the input, both [C, H, W]}.
     """
-    model, counts, k_spikes = copy.deepcopy(model), collections.defaultdict(float), {}      # the hooks stay on the copy
+    # The hooks stay on the copy.
+    model = copy.deepcopy(model)
+    counts, latest = collections.defaultdict(float), {}
 
     def at_input(_, inputs):
-        # An image is analog. A whole number k in an event frame is k spikes, any other value in it analog too.
         x = inputs[0] if inputs[0].dim() == 4 else inputs[0].flatten(0, 1)
+        # An image is analog. A whole number k in an event frame is k spikes, all else analog too.
         whole = (x == x.round()) & (x >= 0) & (inputs[0].dim() == 5)
         counts["events"] += (x * whole).double().sum(0)
         counts["analog"] += (~whole).double().sum(0)
 
-    def at_spikes(name, dim):                                    # float32 counts exactly up to 2^24 images a batch
-        return lambda _, inputs, o: counts.update({name: counts[name] + (o != 0).float().sum(dim).double()})
+    def at_spikes(name):
+        def hook(layer, _, output):
+            # Of neurons [T, B, ...], of pooling [T*B, ...]: as one step.
+            fired = output if isinstance(layer, TrLIF) else output[None]
+            # float32 counts exactly up to 2^24 images a batch.
+            counts[name] += (fired != 0).float().sum(1).double()
+        return hook
 
     def at_attention(name, part, heads):
-        # Entry (a, b) of k^T v adds 1 for every token in which k_a and v_b both fired: spikes of k times spikes of v.
-        def hook(_, inputs, o):                                  # o [T, B, N, D]
-            spikes = (o != 0).unflatten(3, (heads, -1)).sum(4).double()
-            if part == "k":
-                k_spikes[name] = spikes
-            else:
-                counts[name] += (k_spikes.pop(name) * spikes).sum()
+        def hook(_, inputs, output):
+            # [T, B, N, D] -> [T, B, N, heads]
+            latest[name, part] = (output != 0).unflatten(3, (heads, -1)).sum(4).double()
+            # v comes after k. Entry (a, b) of k^T v adds 1 for every token in which k_a and v_b
+            # both fired: in each head, spikes of k times spikes of v.
+            if part == "v":
+                counts[f"{name} k^T v"] += (latest[name, "k"] * latest[name, "v"]).sum()
         return hook
 
     model.register_forward_pre_hook(at_input)
-    pooled = models.wiring(model)[1].values()
+    pools = [pool for _, pool in models.pooling(model)]
     for name, layer in model.named_modules():
-        if isinstance(layer, TrLIF):
-            layer.register_forward_hook(at_spikes(name, 1))
-        elif name in pooled:
-            layer.register_forward_hook(at_spikes(name, 0))
+        if isinstance(layer, TrLIF) or layer in pools:
+            layer.register_forward_hook(at_spikes(name))
         elif isinstance(layer, models.SpikingSelfAttention):
-            for part in "kv":
-                layer.get_submodule(f"{part}.lif").register_forward_hook(at_attention(name, part, layer.heads))
-    return evaluate(model, batches), counts
+            layer.k.lif.register_forward_hook(at_attention(name, "k", layer.heads))
+            layer.v.lif.register_forward_hook(at_attention(name, "v", layer.heads))
+    return evaluate(model, batches, amp), counts
 
 
 def fan_out(layer, size):
-    """The connections that leave each place of a layer's input: a number, or [H, W] for a convolution on that size.
-
-    The derivative of a convolution with ones, summed, is the number of taps that read a place: borders and strides included."""
+    """The connections that leave each place of a layer's input: a number, or [H, W] of size for
+    a convolution, borders and strides counted exactly."""
+    if isinstance(layer, nn.Sequential) and len(layer) > 0:
+        layer = layer[0]
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
     if not isinstance(layer, nn.Conv2d):
-        return layer.out_features if layer else 1                # no layer: a shortcut, to one neuron
+        # A plain shortcut leads to one neuron.
+        return 1
+    # The derivative of a convolution with ones, summed: the number of taps that read a place.
     x, ones = torch.zeros(1, 1, *size, requires_grad=True), torch.ones(1, 1, *layer.kernel_size)
     with torch.enable_grad():
         reached = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation).sum()
-    return torch.autograd.grad(reached, x)[0][0, 0].double() * (layer.out_channels // layer.groups)
+    (taps,) = torch.autograd.grad(reached, x)
+    return taps[0, 0].double() * (layer.out_channels // layer.groups)
 
 
 def operations(model, counts, images):
-    """What each layer did for an image on average, given what observe() counted: [{layer, spikes, acs, macs, dense, pj, dense_pj}].
+    """What each layer does for an image on average, given what observe() counted: a list of dicts.
 
-    spikes arrived there; acs: accumulates, one for each spike and connection; macs: multiply-accumulates, on analog input;
-    dense: those of the same layer in a conventional network, one for each input and connection; pj, dense_pj: energy in pJ."""
-    (synapses, pooled), layers, rows = models.wiring(model), dict(model.named_modules()), []
+    layer         its name
+    spikes        that arrived there
+    acs           accumulates: one for each spike and connection
+    macs          multiply-accumulates, on analog input
+    dense         those of a conventional network's layer: one for each input and connection
+    pj, dense_pj  energy in pJ
+    """
+    names = {module: name for name, module in model.named_modules()}
+    pools = dict(models.pooling(model))
+    counts = {name: torch.as_tensor(count).cpu() / images for name, count in counts.items()}
+    rows = []
 
-    def row(layer, spikes, acs, macs, dense):
-        spikes, acs, macs = (float(v) / images for v in (spikes, acs, macs))
-        rows.append(dict(layer=layer, spikes=spikes, acs=acs, macs=macs, dense=float(dense),
-                         pj=PJ_PER_AC * acs + PJ_PER_MAC * macs, dense_pj=PJ_PER_MAC * float(dense)))
+    def add(name, spikes, acs, macs, dense):
+        row = dict(spikes=float(spikes), acs=float(acs), macs=float(macs), dense=float(dense))
+        pj = PJ_PER_AC * row["acs"] + PJ_PER_MAC * row["macs"]
+        rows.append({"layer": name, **row, "pj": pj, "dense_pj": PJ_PER_MAC * row["dense"]})
 
-    for name, _, sources in synapses:
-        arrived = [counts[pooled[s]].cpu() if s in pooled else counts[s].sum(0).cpu() for s in sources] or [counts["events"].cpu()]
-        one = arrived[0]
-        fan = fan_out(layers.get(name), one.shape[1:])
-        # A conventional head meets the mean over places, [C, H, W] or [N, D]; a plain shortcut only adds.
-        places = one[0].numel() if one.dim() == 3 else len(one)
-        dense = 0 if name.endswith("shortcut") else (torch.ones_like(one) * fan).sum() / (places if name == "head" else 1)
-        row(name, sum(a.sum() for a in arrived), sum((a * fan).sum() for a in arrived), 0 if sources else (counts["analog"].cpu() * fan).sum(), dense)
-    for name, layer in layers.items():
+    for layer, sources in models.synapses(model):
+        # Spikes that arrived at each place, [C, H, W] or [N, D], source by source: those of all
+        # steps, and where there is pooling, what it let through.
+        leaving = [names[pools.get(source, source)] for source in sources]
+        arrived = [counts[name].sum(0) for name in leaving] or [counts["events"]]
+        # Each spike goes to so many neurons.
+        fan = fan_out(layer, arrived[0].shape[1:])
+        dense = (torch.ones_like(arrived[0]) * fan).sum()
+        if layer is model.head:
+            # A conventional head reads the mean over places.
+            dense = layer.out_features * arrived[0].shape[0 if arrived[0].dim() == 3 else 1]
+        elif not any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in layer):
+            # A plain shortcut only adds.
+            dense = 0
+        acs = sum((spikes * fan).sum() for spikes in arrived)
+        macs = 0 if sources else (counts["analog"] * fan).sum()
+        add(names[layer], sum(spikes.sum() for spikes in arrived), acs, macs, dense)
+    # Two more products in attention, of spikes with spikes.
+    for name, layer in model.named_modules():
         if isinstance(layer, models.SpikingSelfAttention):
-            q, k, v = (counts[f"{name}.{part}.lif"] for part in "qkv")                      # [T, N, D]
-            width = q.shape[2] // layer.heads                    # of a head: a spike of q adds a row of so many whole numbers
-            row(f"{name} k^T v", k.sum() + v.sum(), counts[name], 0, q[0].numel() * width)
-            row(f"{name} q (k^T v)", q.sum(), q.sum() * width, 0, q[0].numel() * width)
+            # Each [T, N, D].
+            q, k, v = (counts[f"{name}.{part}.lif"] for part in "qkv")
+            # A spike of q adds a row of so many whole numbers.
+            width = q.shape[2] // layer.heads
+            dense = q[0].numel() * width
+            add(f"{name} k^T v", k.sum() + v.sum(), counts[f"{name} k^T v"], 0, dense)
+            add(f"{name} q (k^T v)", q.sum(), q.sum() * width, 0, dense)
     return rows
 
 
-def potentials(model, batches, T, steps, v_init=None):
-    """evaluate() over so many steps, and histograms of v[t] / theta after the reset: {neuron layer: [T + 1, BINS]}.
+# ---- Membrane potentials ------------------------------------------------------------------------
 
-    Rows are t = 1 ... T and, pooled over the last T of the steps, the stationary law. An image is shown on, the frames of
-    an event recording are repeated. v_init: where the potentials start, if not where the network has learned to."""
-    model, histograms = copy.deepcopy(model), {}                 # the hooks stay on the copy
+def histogram(v, theta):
+    """The law of v / theta as counts [BINS]. What lies beyond the range is in the last bin."""
+    bins = (v * (BINS_PER_THRESHOLD / theta) + BINS / 2).clamp(0, BINS - 1).int()
+    return torch.bincount(bins.flatten(), minlength=BINS)
+
+
+def potentials(model, batches, T, steps, v_init=None, amp=False):
+    """evaluate() over so many steps, and the laws of v[t] / theta after the reset.
+
+    v_init   where potentials start, if not where the network has learnt to
+    Returns (result, {neuron layer: [T + 1, BINS]}). Rows are t = 1 ... T and the stationary law,
+    pooled over the last T steps. An image is shown on, the frames of a recording are repeated.
+    """
+    # The hooks stay on the copy.
+    model, laws = copy.deepcopy(model), {}
     model.timesteps = steps
 
-    def at_neurons(histogram):
+    def at_neurons(law):
         def hook(layer, inputs, _):
-            v, theta, k = layer.v_init, layer.threshold, layer.decay
-            scale = BINS_PER_THRESHOLD / theta
-            for t in range(steps):                               # the neuron again, a step at a time, for its potentials
-                _, v, _ = lif(inputs[0][t:t + 1], v, theta, k, layer.surrogate)
-                if t < T or t >= steps - T:                      # beyond the range: in the last bin
-                    bins = (v * scale).add_(BINS / 2).clamp_(0, BINS - 1).int()
-                    histogram[min(t, T)] += torch.bincount(bins.flatten(), minlength=BINS)
+            v, theta = layer.v_init, layer.threshold
+            # The neuron again, a step at a time, for its potentials.
+            for t in range(steps):
+                _, v, _ = lif(inputs[0][t:t + 1], v, theta, layer.decay, layer.surrogate)
+                if t < T or t >= steps - T:
+                    law[min(t, T)] += histogram(v, theta)
         return hook
     for name, layer in neurons_of(model).items():
-        histograms[name] = torch.zeros(T + 1, BINS, dtype=torch.long, device=layer.v_init.device)
-        layer.register_forward_hook(at_neurons(histograms[name]))
+        laws[name] = torch.zeros(T + 1, BINS, dtype=torch.long, device=layer.v_init.device)
+        layer.register_forward_hook(at_neurons(laws[name]))
         if v_init is not None:
             layer.v_init.fill_(v_init)
-    shown = ((x if x.dim() == 4 else x[:, torch.arange(steps) % T], y) for x, y in batches)
-    return evaluate(model, shown), {name: h.cpu() for name, h in histograms.items()}
+    # 0 ... T - 1, 0 ... T - 1, and so on.
+    frames = torch.arange(steps) % T
+    shown = ((x if x.dim() == 4 else x[:, frames], y) for x, y in batches)
+    result = evaluate(model, shown, amp)
+    return result, {name: law.cpu() for name, law in laws.items()}
 
 
-def wasserstein(counts, reference):
-    """1-Wasserstein distance, in thresholds, of laws given as counts [..., BINS]: the area between their cumulative laws.
-    A bin does not tell where in it a potential is: off by at most one bin."""
-    a, b = ((c.double() / c.double().sum(-1, keepdim=True)).cumsum(-1) for c in (counts, reference))
-    return (a - b).abs().sum(-1) / BINS_PER_THRESHOLD
+def wasserstein(laws, reference):
+    """1-Wasserstein distance in thresholds of laws given as counts [..., BINS]: the area between
+    the cumulative laws. A bin does not tell where in it a potential is: off by at most one bin."""
+    # From counts to shares: both laws may come from any number of potentials.
+    laws, reference = (counts.double() / counts.double().sum(-1, keepdim=True)
+                       for counts in (laws, reference))
+    return (laws - reference).cumsum(-1).abs().sum(-1) / BINS_PER_THRESHOLD
 
 
-def moments(counts):
-    """Mean and standard deviation in thresholds of laws given as counts [..., BINS]."""
-    middle, p = (torch.arange(BINS).double() + 0.5 - BINS / 2) / BINS_PER_THRESHOLD, counts.double() / counts.double().sum(-1, keepdim=True)
-    mean = (p * middle).sum(-1)
-    return mean, ((p * middle ** 2).sum(-1) - mean ** 2).clamp(min=0).sqrt()
+# ---- Reports ------------------------------------------------------------------------------------
 
-
-def inspect(path, checkpoint, model, dataset, batch_size, images=None):
-    """All that report() and plot() show of one checkpoint, in a dict."""
-    T, neurons = dataset.frames or model.timesteps, neurons_of(model)
-    result, counts = observe(model, take(dataset, batch_size, images))
-    # Run on for 4 T steps, or longer where a leak is slow: until (1 - k)^steps, what is left of the start, is 1 %.
-    kept = min(max(max(1 - layer.decay.item() for layer in neurons.values()), 1e-6), 1 - 1e-6)
-    steps = T + min(max(4 * T, math.ceil(math.log(0.01) / math.log(kept))), max(64, T))
-    runs = {}
-    for start, v_init in ("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0):
-        run_on, laws = potentials(model, take(dataset, max(1, batch_size * T // steps), images), T, steps, v_init)
-        runs[start] = dict(top1_at=run_on["top1_at"], laws=laws,
-                           shift=torch.stack([wasserstein(law[:T], law[T]) for law in laws.values()]))       # [layers, T]
-    rows = operations(model, counts, result["images"])
-    network, name, images = checkpoint["network"], checkpoint["data"]["name"], result["images"]
-    title = f"{path}: {network['arch']}, width {network['width']}, T = {T}, {name}, {images:,d} test images, top-1 {100 * result['top1']:.2f} %"
-    return dict(path=str(path), title=title, arch=network["arch"], T=T, range=RANGE, steps=steps, result=result,
-                runs=runs, rows=rows, parameters=sum(p.numel() for p in model.parameters()),
-                neurons={n: (layer.threshold.item(), layer.tau.item(), layer.v_init.item()) for n, layer in neurons.items()},
-                rates={n: (counts[n].flatten(1).mean(1) / result["images"]).tolist() for n in neurons},
-                silent={n: (counts[n].sum(0) == 0).double().mean().item() for n in neurons},
-                size=sum(counts[n][0].numel() for n in neurons), spikes=sum(counts[n].sum().item() for n in neurons) / result["images"],
-                mj=1e-9 * sum(row["pj"] for row in rows), dense_mj=1e-9 * sum(row["dense_pj"] for row in rows))
+def inspect(path, checkpoint, model, dataset, batch_size, images=None, amp=False):
+    # All that report(), comparison() and plot() show of one checkpoint, as attributes.
+    result, counts = observe(model, take(dataset, batch_size, images), amp)
+    T, network, images = dataset.frames or model.timesteps, checkpoint["network"], result["images"]
+    study = SimpleNamespace(path=str(path), arch=network["arch"], T=T, result=result)
+    study.title = f"{path}: {network['arch']}, width {network['width']}, T = {T}, "
+    study.title += f"{checkpoint['data']['name']}, {images:,d} test images, "
+    study.title += f"top-1 {percent(result['top1'])}"
+    # Of a folded network more, where weights are kept apart for each source.
+    study.parameters = sum(p.numel() for p in model.parameters())
+    study.neurons = neurons_of(model)
+    # Run on for 4 T steps, or longer where a leak is slow: until (1 - k)^steps, what is left of the
+    # start, is 1 %. The last T steps then give the stationary law.
+    kept = max(1 - layer.decay.item() for layer in study.neurons.values())
+    settled = math.log(0.01) / math.log(min(max(kept, 1e-6), 1 - 1e-6))
+    study.steps = T + min(max(4 * T, math.ceil(settled)), max(64, T))
+    study.runs = {}
+    for start, v_init in (("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0)):
+        # More steps, fewer images at a time.
+        batches = take(dataset, max(1, batch_size * T // study.steps), images)
+        longer, laws = potentials(model, batches, T, study.steps, v_init, amp)
+        # [layers, T]
+        shift = torch.stack([wasserstein(law[:T], law[T]) for law in laws.values()])
+        study.runs[start] = SimpleNamespace(top1_at=longer["top1_at"], laws=laws, shift=shift)
+    # Spikes an image, {neuron layer: [T, *neurons]}, and their mean over the neurons of a layer.
+    spikes = {name: counts[name].cpu() / images for name in study.neurons}
+    study.rates = {name: count.flatten(1).mean(1) for name, count in spikes.items()}
+    study.size = sum(count[0].numel() for count in spikes.values())
+    study.spikes = sum(count.sum().item() for count in spikes.values())
+    study.operations = operations(model, counts, images)
+    # A conventional network has no spikes: multiply-accumulates everywhere, in a single pass.
+    study.mj = 1e-9 * sum(row["pj"] for row in study.operations)
+    study.dense_mj = 1e-9 * sum(row["dense_pj"] for row in study.operations)
+    return study
 
 
 def table(header, rows):
-    """A Markdown table that is aligned to be read as plain text, too. header: "a | b | c"."""
+    # Markdown, aligned to be read as plain text, too. header: "a | b | c".
     rows = [header.split(" | "), *([str(cell) for cell in row] for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-    return "\n".join("| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in rows) + "\n"
+    # The first column is left-aligned, the others right-aligned.
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = ""
+    for first, *others in [rows[0], rule, *rows[1:]]:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines += "| " + " | ".join([first.ljust(widths[0]), *cells]) + " |\n"
+    return lines
 
 
-def percent(values):
-    return [f"{100 * v:.2f} %" for v in values]
+def percent(value):
+    return f"{100 * value:.2f} %"
 
 
-def comparison(looks):
-    return table("checkpoint | network | T | parameters | top-1 | after t = 1, 2, ... | firing rate | spikes/image | energy/image | conventional"
-                 " | shift at t=1 | with v[0] = 0", [
-        [k["path"], k["arch"], k["T"], f"{k['parameters']:,d}", *percent([k["result"]["top1"]]), ", ".join(percent(k["result"]["top1_at"])),
-         *percent([k["spikes"] / k["T"] / k["size"]]), f"{k['spikes']:,.0f}", f"{k['mj']:.4g} mJ", f"{k['dense_mj']:.4g} mJ",
-         *(f"{run['shift'][:, 0].mean():.3f}" for run in k["runs"].values())] for k in looks]) + """
-Firing rate: spikes a neuron and step. Energy: arithmetic only, 45 nm, 4.6 pJ a multiply-accumulate and 0.9 pJ an accumulate; conventional:
-the same network in one pass, all multiply-accumulates. Shift: distance of the potentials at t = 1 from their stationary law, in thresholds
-(1-Wasserstein, mean over layers), as the network is and started at 0.
+def comparison(studies):
+    # One row a checkpoint.
+    rows = []
+    for study in studies:
+        # The last one is the accuracy proper.
+        right = ", ".join(percent(share) for share in study.result["top1_at"])
+        rate = percent(study.spikes / study.T / study.size)
+        row = [study.path, study.arch, study.T, f"{study.parameters:,d}", right, rate]
+        row += [f"{study.spikes:,.0f}", f"{study.mj:.4g} mJ", f"{study.dense_mj:.4g} mJ"]
+        rows.append(row + [f"{run.shift[:, 0].mean():.3f}" for run in study.runs.values()])
+    header = "checkpoint | network | T | parameters | top-1 after t = 1, 2, ... | firing rate | "
+    header += "spikes/image | energy/image | conventional | shift at t=1 | with v[0] = 0"
+    return f"""{table(header, rows)}
+Firing rate: spikes a neuron and step. Energy: arithmetic only, 45 nm, 4.6 pJ a multiply-accumulate
+and 0.9 pJ an accumulate; conventional: the same network in one pass, all multiply-accumulates.
+Shift: distance of the potentials at t = 1 from their stationary law, in thresholds (1-Wasserstein,
+mean over layers), as the network is and started at 0.
 """
 
 
-def report(look):
-    """What inspect() found, as Markdown."""
-    T, runs, rows = look["T"], look["runs"], look["rows"]
-    at, first = " | ".join(f"t={t}" for t in range(1, T + 1)), next(iter(runs.values()))
-    beyond = max((law[:, [0, -1]].sum(1) / law.sum(1)).max().item() for run in runs.values() for law in run["laws"].values())
-    laws = {start: {n: [f"{m:.3f} ± {s:.3f}" for m, s in zip(*moments(law))] for n, law in run["laws"].items()} for start, run in runs.items()}
-    return f"""# {look["title"]}
+def neuron_table(study, times):
+    # What each layer has learnt, and how often it fires.
+    rows = []
+    for name, layer in study.neurons.items():
+        learnt = [f"{value.item():.3f}" for value in (layer.threshold, layer.tau, layer.v_init)]
+        rows.append([name, *learnt, *(percent(rate) for rate in study.rates[name])])
+    return table(f"layer | theta | tau | v_init | {times}", rows)
+
+
+def shift_table(study, times):
+    # [1 + layers, starts * T], the mean over layers first.
+    shift = torch.cat([run.shift for run in study.runs.values()], 1)
+    shift = torch.cat([shift.mean(0, keepdim=True), shift])
+    rows = []
+    for name, distances in zip(["mean over layers", *study.neurons], shift):
+        rows.append([name, *(f"{distance:.3f}" for distance in distances)])
+    return table(f"layer | {times} | {times.replace('t', 'from 0: t')}", rows)
+
+
+def operation_table(study):
+    # Energies in nJ, as in the picture.
+    rows = []
+    for row in study.operations:
+        counted = [f"{row['spikes']:,.1f}", f"{row['acs']:,.0f}", f"{row['macs']:,.0f}"]
+        energy = [f"{row[key] * 1e-3:,.3f}" for key in ("pj", "dense_pj")]
+        rows.append([row["layer"], *counted, *energy])
+    header = "layer | spikes in | accumulates | multiply-accumulates | energy (nJ)"
+    return table(f"{header} | conventional (nJ)", rows)
+
+
+def report(study):
+    # What inspect() found, as Markdown. {times}: one column a time step.
+    times = " | ".join(f"t={t}" for t in range(1, study.T + 1))
+    accuracy = []
+    for start, run in study.runs.items():
+        accuracy.append([start, *(percent(share) for share in run.top1_at[:study.T])])
+    acs, macs, dense = (sum(row[key] for row in study.operations)
+                        for key in ("acs", "macs", "dense"))
+    return f"""# {study.title}
 
 Top-1 accuracy when read out after t steps:
 
-{table(f"start | {at}", [[start, *percent(run["top1_at"][:T])] for start, run in runs.items()])}
+{table(f"start | {times}", accuracy)}
 ## Neurons
 
-{table(f"layer | theta | tau | v_init | never fire | {at}", [[n, *(f"{v:.3f}" for v in look["neurons"][n]), *percent([look["silent"][n], *rate])] for n, rate in look["rates"].items()])}
-Under t: firing rate, spikes a neuron at that step. Never fire: the share of neurons without a spike on any image. tau in time steps.
+{neuron_table(study, times)}
+tau in time steps. Under t: firing rate, spikes a neuron at that step.
 
 ## Temporal covariate shift
 
-{table(f"mean over layers | {at}", [[start, *(f"{w:.3f}" for w in run["shift"].mean(0))] for start, run in runs.items()])}
-Distance (1-Wasserstein, in thresholds) of the membrane potentials v[t], after the reset, from their stationary law, which is that of the last
-{T} of {look["steps"]} steps of the same network on the same images. 0: step t sees the potentials that all later steps see.
-
-{table(" | ".join(["layer", "t", *(f"{start}: mean ± sd | distance" for start in runs), "stationary: mean ± sd"]),
-       [[n, t + 1, *(v for start, run in runs.items() for v in (laws[start][n][t], f"{run['shift'][i, t]:.3f}")), laws[next(iter(runs))][n][T]]
-        for i, n in enumerate(first["laws"]) for t in range(T)])}
-From histograms with bins of 1/{BINS_PER_THRESHOLD} threshold: a distance is off by at most one bin, a mean by half a bin. At most {100 * beyond:.2g} % of a
-law lies beyond {RANGE} thresholds and counts as being there.
+{shift_table(study, times)}
+Distance (1-Wasserstein, in thresholds) of the membrane potentials v[t], after the reset, from their
+stationary law, that of the last {study.T} of {study.steps} steps of the network on the same images;
+"from 0": of the same network started at v[0] = 0. Where it is 0, step t sees the potentials that
+later steps see. Histograms of 1/{BINS_PER_THRESHOLD} threshold a bin: off by one bin at most.
 
 ## Operations and energy for one image
 
-{table("layer | spikes in | accumulates | multiply-accumulates | energy (nJ) | conventional (nJ)", [[r["layer"], f"{r['spikes']:,.1f}", f"{r['acs']:,.0f}", f"{r['macs']:,.0f}", f"{r['pj'] * 1e-3:,.3f}", f"{r['dense_pj'] * 1e-3:,.3f}"] for r in rows])}
-{look["spikes"]:,.0f} spikes, {sum(r["acs"] for r in rows):,.0f} accumulates, {sum(r["macs"] for r in rows):,.0f} multiply-accumulates: {look["mj"]:.4g} mJ. The same network as a
-conventional one, in one pass: {sum(r["dense"] for r in rows):,.0f} multiply-accumulates, {look["dense_mj"]:.4g} mJ, {look["dense_mj"] / look["mj"]:.2f} times as much.
+{operation_table(study)}
+{study.spikes:,.0f} spikes, {acs:,.0f} accumulates, {macs:,.0f} multiply-accumulates; {dense:,.0f}
+multiply-accumulates in a conventional network, {study.dense_mj / study.mj:.2f} times the energy.
 
-A spike costs one accumulate (0.9 pJ) for each connection that leaves its place, strides and borders counted exactly; where a residual stream
-adds spikes of k neurons, k. An image is analog: its first layer costs multiply-accumulates (4.6 pJ), once for all steps. In event frames a
-whole number k counts as k spikes, anything else as analog. Attention: k^T v costs an accumulate for each pair of spikes that meet in a token,
-q (k^T v) one of a whole number for each spike of q and column of its head. 45 nm CMOS, arithmetic only: no memory access, biases or
-pooling, nor the {look["size"] * T:,d} updates of neurons (each a multiply-accumulate and a comparison).
+A spike costs one accumulate (0.9 pJ) for each connection that leaves its place; where a residual
+stream adds spikes of k neurons, k. An image is analog: its first layer costs multiply-accumulates
+(4.6 pJ), once for all steps. In event frames a whole number k counts as k spikes, anything else as
+analog. Attention: k^T v costs an accumulate for each pair of spikes that meet in a token, q (k^T v)
+one for each spike of q and column of its head. 45 nm CMOS, arithmetic only: no memory access,
+biases or pooling, nor the {study.size * study.T:,d} updates of neurons.
 """
 
 
+# ---- Pictures -----------------------------------------------------------------------------------
+
 def pyplot():
-    """matplotlib, which only pictures need."""
+    # Only pictures need matplotlib.
     try:
         import matplotlib
     except ImportError as error:
         raise UserError("pictures need matplotlib: pip install matplotlib") from error
+    # Draws into files, without a screen.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9, "legend.fontsize": 8})
+
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8})
+    plt.rcParams.update({"font.size": 9, "figure.constrained_layout.use": True})
     return plt
 
 
-def save_figure(figure, heading, path):
-    figure.suptitle(heading, fontsize=13)
+def save_figure(figure, path):
+    # Closed, or matplotlib would keep every figure of a comparison.
     data.write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    pyplot().close(figure)
 
 
-def plot(look, path):
-    """Accuracy, firing rates, covariate shift and energy; below, potentials in four layers with MP-Init and without."""
-    plt, T, names, rows, runs = pyplot(), look["T"], list(look["rates"]), look["rows"], look["runs"]
-    figure, axes = plt.subplots(3, 4, figsize=(20, 13), layout="constrained")
-    accuracy, rate, shift, energy = axes[0]
-    accuracy.set(title="Accuracy when read out after t steps", xlabel="time step t", ylabel="top-1 (%)")
-    accuracy.axvline(T, color="grey", lw=1, ls=":", label=f"T = {T}")
-    rate.set(title="Firing rate", xlabel="neuron layer", ylabel="spikes a neuron and step (%)")
-    shift.set(title="Covariate shift at t = 1: distance of the\npotentials from their stationary law", xlabel="neuron layer", ylabel="1-Wasserstein distance (thresholds)")
-    energy.set(title="Energy an image (45 nm, arithmetic only)", xlabel="layer with weights", ylabel="energy (nJ)")
-    for (start, run), style in zip(runs.items(), ("o-", "s--")):
-        accuracy.plot(range(1, look["steps"] + 1), [100 * a for a in run["top1_at"]], style, ms=4, label=start)
-        shift.plot(run["shift"][:, 0].tolist(), style, ms=4, label=start)
-    colours = plt.cm.viridis([t / max(T, 2) for t in range(T)])
-    for t in range(T):
-        rate.plot([100 * look["rates"][n][t] for n in names], ".-", color=colours[t], label=f"t = {t + 1}")
-    energy.bar(range(len(rows)), [r["dense_pj"] * 1e-3 for r in rows], 0.9, color="lightgrey", label=f"conventional: {look['dense_mj']:.3g} mJ")
-    energy.bar(range(len(rows)), [r["pj"] * 1e-3 for r in rows], 0.5, label=f"spiking: {look['mj']:.3g} mJ")
-    for panel, labels in ((rate, names), (shift, names), (energy, [r["layer"] for r in rows])):
-        panel.set_xticks(range(0, len(labels), 1 + len(labels) // 30), labels[::1 + len(labels) // 30], rotation=90, fontsize=7)
-    for column, i in enumerate(round(j * (len(names) - 1) / 3) for j in range(4)):
-        for panel, (start, run) in zip(axes[1:, column], runs.items()):
-            law = run["laws"][names[i]].double().unflatten(1, (-1, 16)).sum(2)               # coarser: 1/16 threshold a bin
-            edges = torch.linspace(-look["range"], look["range"], law.shape[1] + 1)
-            law = law / law.sum(1, keepdim=True) / (edges[1] - edges[0])
-            panel.stairs(law[T], edges, fill=True, color="lightgrey", label="stationary")
-            for t in range(T):
-                panel.stairs(law[t], edges, color=colours[t], label=f"t = {t + 1}, distance {run['shift'][i, t]:.3f}")
-            seen = edges[:-1][law.amax(0) > 0.01].tolist()
-            panel.set(title=f"{names[i]}, {start}", xlabel="membrane potential after the reset (thresholds)", ylabel="density",
-                      yscale="log", ylim=(0.01, None), xlim=(seen[0] - 0.1, seen[-1] + 0.2))
+def describe(panel, title, x, y):
+    panel.set(title=title, xlabel=x, ylabel=y)
+
+
+def draw_laws(panel, laws, labels, colours):
+    # Densities of v / theta from counts [n + 1, BINS], in bins of 1/16 threshold.
+    law = laws.unflatten(1, (-1, BINS_PER_THRESHOLD // 16)).sum(2).double()
+    law = 16 * law / law.sum(1, keepdim=True)
+    edges = torch.linspace(-RANGE, RANGE, law.shape[1] + 1)
+    # Where all laws are next to 0 there is nothing to see.
+    visible = (law.amax(0) > 0.01).nonzero()
+    first, last = visible[0].item(), visible[-1].item() + 1
+    law, edges = law[:, first:last], edges[first:last + 1]
+    panel.stairs(law[-1], edges, fill=True, color="lightgrey", label="stationary")
+    for density, label, colour in zip(law, labels, colours):
+        panel.stairs(density, edges, color=colour, lw=1.5, label=label)
+
+
+def draw_curves(accuracy, rate, shift, study, colours):
+    # The dotted line is where the network was trained to be read out.
+    accuracy.axvline(study.T, color="grey", lw=1, ls=":", label=f"T = {study.T}")
+    for (start, run), style in zip(study.runs.items(), ("o-", "s--")):
+        right = [100 * share for share in run.top1_at]
+        accuracy.plot(range(1, study.steps + 1), right, style, ms=4, label=start)
+        shift.plot(run.shift[:, 0], style, ms=4, label=start)
+    # A line a time step, over the layers.
+    for t, colour in enumerate(colours):
+        rates = [100 * rates[t] for rates in study.rates.values()]
+        rate.plot(rates, ".-", color=colour, label=f"t = {t + 1}")
+    describe(accuracy, "Accuracy when read out after t steps", "time step t", "top-1 (%)")
+    describe(rate, "Firing rate", "neuron layer", "spikes a neuron and step (%)")
+    title = "Covariate shift at t = 1: distance of the\npotentials from their stationary law"
+    describe(shift, title, "neuron layer", "1-Wasserstein distance (thresholds)")
+
+
+def draw_energy(panel, study):
+    # Spiking in front of conventional: its bars are lower and narrower.
+    conventional = [row["dense_pj"] * 1e-3 for row in study.operations]
+    label, layers = f"conventional: {study.dense_mj:.3g} mJ", range(len(conventional))
+    panel.bar(layers, conventional, 0.9, color="lightgrey", label=label)
+    spiking = [row["pj"] * 1e-3 for row in study.operations]
+    panel.bar(layers, spiking, 0.5, label=f"spiking: {study.mj:.3g} mJ")
+    title = "Energy an image (45 nm, arithmetic only)"
+    describe(panel, title, "layer with weights", "energy (nJ)")
+
+
+def plot(study, path):
+    # Accuracy, firing rates, covariate shift and energy; below, potentials in four layers with
+    # MP-Init and without.
+    plt, names = pyplot(), list(study.neurons)
+    figure, axes = plt.subplots(3, 4, figsize=(20, 13))
+    figure.suptitle(study.title, fontsize=13)
+    colours = [plt.cm.viridis(t / max(study.T, 2)) for t in range(study.T)]
+    draw_curves(*axes[0, :3], study, colours)
+    draw_energy(axes[0, 3], study)
+    layers = [row["layer"] for row in study.operations]
+    for panel, labels in zip(axes[0, 1:], (names, names, layers)):
+        # Thirty names are as many as can be read.
+        every = 1 + len(labels) // 30
+        panel.set_xticks(range(0, len(labels), every), labels[::every], rotation=90, fontsize=7)
+    # One column a layer; above with MP-Init, below without.
+    for column in range(4):
+        # From the first layer to the last one.
+        i = round(column * (len(names) - 1) / 3)
+        for panel, (start, run) in zip(axes[1:, column], study.runs.items()):
+            labels = [f"t = {t + 1}, distance {run.shift[i, t]:.3f}" for t in range(study.T)]
+            draw_laws(panel, run.laws[names[i]], labels, colours)
+            x = "membrane potential after the reset (thresholds)"
+            describe(panel, f"{names[i]}, {start}", x, "density")
+            panel.set(yscale="log", ylim=(0.01, None))
     for panel in axes.flat:
         panel.legend()
-    save_figure(figure, look["title"], path)
+    save_figure(figure, path)
 
 
-def plot_gradients(heading, thetas, sweeps, path):
-    """Gradient norms at every neuron layer. sweeps: {case: [({layer: norm}, firing rate) for each of thetas]}, four cases."""
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(13, 10), sharex=True, sharey=True, layout="constrained")
-    for panel, (case, sweep) in zip(axes.flat, sweeps.items()):
-        panel.set(title=case, xlabel="threshold", ylabel="norm of the gradient w.r.t. the input current")
-        for i, name in enumerate(sweep[0][0]):                   # where nothing fires the gradient is 0: no point
-            panel.loglog(thetas, [norms[name] or math.nan for norms, _ in sweep], ".-", label=name,
-                         color=plt.cm.viridis(i / len(sweep[0][0])))
-    axes[0, 1].legend(title="neuron layer", loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, heading, path)
-
+# ---- Gradients against the threshold ------------------------------------------------------------
 
 def gradient_norms(surrogate, theta, follow):
-    """{neuron layer: norm of the gradient with respect to its input current} and the mean firing rate of a random resnet19.
-    follow: BatchNorm scales the currents with theta, so that neurons fire alike; else their variance is 1."""
+    # {neuron layer: norm of the gradient with respect to its input current}, and the mean firing
+    # rate, of a random resnet19. follow: BatchNorm scales the currents with theta, so that neurons
+    # fire alike whatever theta is; else their variance is 1.
     torch.manual_seed(0)
-    model, norms, rates = models.build("resnet19", 10, 4, width=8, threshold=theta, surrogate=surrogate).train(), {}, []
+    model = models.build("resnet19", num_classes=10, timesteps=4, width=8, start="kaiming",
+                         threshold=theta, surrogate=surrogate)
+    if follow:
+        models.scale_currents(model, theta)
+    currents, rates = {}, {}
 
     def at_neurons(name):
-        def hook(_, inputs, o):
-            norms[name] = rates.append((o != 0).float().mean().item())                       # None, until backward is here
-            inputs[0].register_hook(lambda gradient: norms.update({name: gradient.norm().item()}))
+        def hook(_, inputs, output):
+            currents[name], rates[name] = inputs[0], (output != 0).float().mean().item()
         return hook
-    for name, layer in model.named_modules():
-        if isinstance(layer, TrLIF):
-            layer.register_forward_hook(at_neurons(name))
-        elif isinstance(layer, nn.BatchNorm2d) and follow:
-            nn.init.constant_(layer.weight, theta)
-    F.cross_entropy(model(torch.randn(16, 3, 16, 16)).mean(0), torch.arange(16) % 10).backward()
-    return norms, sum(rates) / len(rates)
+    for name, layer in neurons_of(model).items():
+        layer.register_forward_hook(at_neurons(name))
+    # The value of the loss does not matter, nor what the images show.
+    logits = model(torch.randn(16, 3, 16, 16)).mean(0)
+    loss = F.cross_entropy(logits, torch.arange(16) % 10)
+    norms = [gradient.norm().item() for gradient in torch.autograd.grad(loss, [*currents.values()])]
+    return dict(zip(currents, norms)), sum(rates.values()) / len(rates)
 
 
-def gradients(path):
-    """Print gradient norms of five neuron layers against the threshold; draw those of all into path, if given."""
-    heading = "Norm of the loss's gradient at each neuron layer against the threshold (resnet19, width 8, T = 4, random weights)"
-    thetas, sweeps = [0.1 * 10 ** (i / 4) for i in range(9)], {}
-    print(heading + "\n")
-    for case in ("currents that scale with the threshold", "currents of variance 1, whatever the threshold"):
+def sweep_gradients(path=None):
+    # Print gradient norms for thresholds from 0.1 to 10; draw them into path, if given.
+    print("Norm of the loss's gradient at each neuron layer against the threshold")
+    print("(resnet19, width 8, T = 4, random weights)\n")
+    thetas = [0.1 * 10 ** (i / 4) for i in range(9)]
+    sweeps = {}
+    for follow, currents in ((True, "currents that scale with the threshold"),
+                             (False, "currents of variance 1, whatever the threshold")):
         for surrogate in ("trsg", "absolute"):
-            sweep = sweeps[f"{surrogate}; {case}"] = [gradient_norms(surrogate, theta, "scale" in case) for theta in thetas]
-            names = list(sweep[0][0])
-            print(f"{surrogate}; {case}\n\n" + table(" | ".join(["threshold", "firing rate", *names[::4]]), [
-                [f"{theta:.2f}", *percent([rate]), *(f"{norms[n]:.2e}" for n in names[::4])] for theta, (norms, rate) in zip(thetas, sweep)]))
+            sweep = [gradient_norms(surrogate, theta, follow) for theta in thetas]
+            sweeps[f"{surrogate}; {currents}"] = [norms for norms, _ in sweep]
+            # All layers are in the picture, five in the table.
+            names, rows = list(sweep[0][0])[::4], []
+            for theta, (norms, rate) in zip(thetas, sweep):
+                rows.append([f"{theta:.2f}", percent(rate), *(f"{norms[n]:.2e}" for n in names)])
+            print(f"{surrogate}; {currents}\n")
+            print(table(" | ".join(["threshold", "firing rate", *names]), rows))
     if path:
-        plot_gradients(heading, thetas, sweeps, path)
+        draw_sweeps(thetas, sweeps, path)
 
 
-def parser(program, description):
-    """An argument parser whose errors are one line."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.error = lambda message: p.exit(2, f"{program}: error: {message} (--help explains the flags)\n")
-    return p
+def draw_sweeps(thetas, sweeps, path):
+    # sweeps: {case: [{layer: norm} for each of thetas]}, four cases.
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(13, 10), sharex=True, sharey=True)
+    for panel, (case, sweep) in zip(axes.flat, sweeps.items()):
+        describe(panel, case, "threshold", "norm of the gradient w.r.t. the input current")
+        for i, name in enumerate(sweep[0]):
+            # Where nothing fires the gradient is 0: no point.
+            line = [norms[name] or math.nan for norms in sweep]
+            panel.loglog(thetas, line, ".-", label=name, color=plt.cm.viridis(i / len(sweep[0])))
+    axes[0, 1].legend(title="neuron layer", loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, path)
 
 
-def number(kind, low, high=math.inf, or_equal=False):
-    """A type for argparse: a finite number above low (or equal to it) and below high."""
-    def parse(text):
-        value = kind(text)
-        if not (low < value < high or or_equal and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if or_equal else 'above'} {low}"
-                                             + (f" and below {high}" if high < math.inf else " and finite" if kind is float else ""))
-        return value
-    parse.__name__ = kind.__name__                               # argparse names it where the text is no number
-    return parse
+# ---- Both methods in one picture ----------------------------------------------------------------
 
+# Surrogate, its name, its colour.
+WINDOWS = ("absolute", "fixed window", "tab:orange"), ("trsg", "TrSG", "tab:blue")
+
+
+def draw_start(panel, title, currents, v_init):
+    # The law of one layer's potential at t = 1, 2, 4, and after the last of the currents [T, N].
+    theta, decay = torch.tensor(1.0), torch.tensor(0.5)
+    # Step by step, as lif returns the last potential only.
+    v, laws = v_init, []
+    for x in currents:
+        _, v, _ = lif(x[None], v, theta, decay)
+        laws.append(histogram(v, theta))
+    laws = torch.stack([laws[0], laws[1], laws[3], laws[-1]])
+    # As seen from the last one, the stationary law.
+    distances = wasserstein(laws, laws[-1])
+    labels = [f"t = {t}: off by {distance:.2f}" for t, distance in zip((1, 2, 4), distances)]
+    draw_laws(panel, laws, labels, ("tab:orange", "tab:green", "tab:blue"))
+    panel.axvline(v_init, color="black", lw=1, ls=":", label=f"start: {v_init:.2f}")
+    describe(panel, title, "membrane potential (thresholds); currents 0.5 ± 0.5", "density")
+    panel.set(xlim=(-0.8, 1.2), ylim=(0, 1.7))
+    panel.legend(loc="upper left")
+
+
+def draw_windows(panel):
+    # Where on the axis of potentials the surrogate lets gradients pass, and its share of the law.
+    start, decay = torch.zeros(()), torch.tensor(0.5)
+    for row, value in enumerate((0.25, 1.0, 4.0)):
+        theta = torch.tensor(value)
+        # Currents that scale with theta.
+        x = theta * (0.5 + torch.randn(9, 50000))
+        _, v, _ = lif(x[:8], start, theta, decay)
+        # charge, in the ninth step: the potential that meets the threshold.
+        h = (v + decay * (x[8] - v)).sort().values
+        law, edges = torch.histogram(h, 120, range=(-4.0, 8.0))
+        panel.stairs(row + 0.6 * law / law.max(), edges, baseline=row, fill=True, color="lightgrey")
+        panel.text(-3.9, row + 0.3, f"threshold {theta:g}")
+        for top, (surrogate, name, colour) in zip((0, -0.15), WINDOWS):
+            # do/dh by the neuron itself: with v[0] = 0 and k = 1 its potential is the current.
+            current = h[None].requires_grad_()
+            (o,), _, _ = lif(current, start, theta, torch.ones(()), surrogate)
+            inside = torch.autograd.grad(o.sum(), current)[0][0] > 0
+            seen = h[inside].detach()
+            panel.fill_between(seen, row + top - 0.13, row + top, color=colour, lw=0)
+            label = f"{name}: {len(seen) / len(h):.0%} inside"
+            panel.text(6.2, row + top - 0.12, label, color=colour, fontsize=8)
+    title = "TrSG: the window scales with the threshold"
+    describe(panel, title, "membrane potential before firing (grey: its law)", None)
+    panel.set(yticks=[], xticks=range(-4, 9, 2), xlim=(-4, 11.4), ylim=(-0.4, 2.8))
+
+
+def draw_gradients(panel):
+    # Where currents scale with theta, neurons fire alike: only the window makes a difference.
+    thetas = (0.25, 0.5, 1, 2, 4)
+    for surrogate, label, colour in WINDOWS:
+        norms = [gradient_norms(surrogate, theta, True)[0]["lif"] for theta in thetas]
+        panel.loglog(thetas, norms, "o-", color=colour, label=label)
+    title = "... so that gradients keep their size"
+    describe(panel, title, "threshold (currents scale with it)", "gradient norm, first layer of 17")
+    panel.minorticks_off()
+    panel.set_xticks(thetas, thetas)
+    panel.legend()
+
+
+def picture(path):
+    # Both methods, without a checkpoint. Left MP-Init, for currents of mean 0.5 and deviation 0.5
+    # at threshold 1, tau 2; right TrSG, for currents that scale with the threshold.
+    figure, axes = pyplot().subplots(2, 2, figsize=(9, 6))
+    torch.manual_seed(0)
+    layer = TrLIF()
+    # The mean settles: (1 - 0.1)^60 is 0.002.
+    for _ in range(60):
+        layer(0.5 + 0.5 * torch.randn(4, 10000))
+    # After 25 steps nothing is left of the start.
+    currents = 0.5 + 0.5 * torch.randn(25, 100000)
+    start = torch.zeros(())
+    draw_start(axes[0, 0], "Start at 0: early steps are unlike later ones", currents, start)
+    draw_start(axes[1, 0], "MP-Init: start at the running mean", currents, layer.v_init)
+    draw_windows(axes[0, 1])
+    draw_gradients(axes[1, 1])
+    save_figure(figure, path)
+
+
+# ---- Speed --------------------------------------------------------------------------------------
+
+def layer_times(neurons, T, device, dtype):
+    # Forward + backward of one layer in ms: plain, fused, and the floor that memory sets.
+    x = torch.randn(T, neurons, device=device, dtype=dtype, requires_grad=True)
+    # The gradient that arrives from the next layer: spikes' is in their dtype.
+    gradient, copied, layer = torch.randn_like(x), torch.empty_like(x), TrLIF().to(device)
+
+    def step():
+        x.grad = None
+        layer(x).backward(gradient)
+
+    def milliseconds(function):
+        # Timer warms up, and waits for the GPU.
+        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+        return 1e3 * timer.blocked_autorange(min_run_time=SECONDS).median
+    # A layer looks at COMPILE in every call.
+    before, times = neuron.COMPILE, []
+    for fused in (False, True):
+        neuron.COMPILE = fused
+        times.append(milliseconds(step))
+    neuron.COMPILE = before
+    # A copy is 2 passes over memory. No layer can do with fewer than 5: read x, write spikes; read
+    # x and the gradient, write the gradient.
+    return *times, 2.5 * milliseconds(lambda: copied.copy_(gradient))
+
+
+def speed(device, T=4):
+    # Print the time of one layer, plain and fused, beside the time its memory traffic takes.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, T = {T}")
+    print(f"forward + backward in ms, medians of {SECONDS:g} s each\n")
+    # What Python and the starting of kernels take, whatever the size.
+    _, tiny, _ = layer_times(2 ** 14, T, device, dtype)
+    rows = []
+    for neurons in NEURONS[device.type]:
+        plain, fused, floor = layer_times(neurons, T, device, dtype)
+        row = [f"{neurons:,d}", f"{plain:.2f}", f"{fused:.2f}", f"{floor:.2f}"]
+        row += [f"{fused / floor:.2f}", f"{plain / fused:.1f}"]
+        rows.append([*row, "host-bound" if fused < 1.5 * tiny else ""])
+    header = "neurons | plain loop | fused | floor (5 passes) | fused / floor | plain / fused"
+    print(table(f"{header} | ", rows))
+    print(f"host-bound: starting kernels takes the time ({tiny:.2f} ms for {2 ** 14:,d} neurons)")
+
+
+# ---- The program --------------------------------------------------------------------------------
 
 def arguments(argv=None):
-    p, count = parser("eval.py", __doc__), number(int, 1, or_equal=True)
-    p.add_argument("checkpoint", nargs="*", help="last.pt or best.pt of a run; several are compared in one table")
-    p.add_argument("--inspect", action="store_true", help="print firing rates, potentials, operations and energy, layer by layer")
-    p.add_argument("--report", metavar="FILE.md", help="write these tables into a file")
-    p.add_argument("--plot", metavar="FILE.png", help="draw them (needs matplotlib); a second checkpoint into FILE-2.png, and so on")
-    p.add_argument("--fold", action="store_true", help="fold thresholds and BatchNorm into the weights, compare predictions, go on with the folded network")
-    p.add_argument("--save-folded", metavar="FILE.pt", help="fold, and write the folded network: a checkpoint for eval.py")
-    p.add_argument("--gradients", nargs="?", const="", metavar="FILE.png", help="print gradient norms for thresholds from 0.1 to 10, and draw them into a file if given; needs no checkpoint")
-    p.add_argument("--data-dir", default="data", help="where the data sets are (default: %(default)s)")
-    p.add_argument("--images", type=count, metavar="N", help="use the first N test images only")
-    p.add_argument("--batch-size", type=count, default=256, metavar="N", help="images at a time (default: %(default)s)")
-    p.add_argument("--timesteps", type=count, metavar="T", help="time steps to run for, if other than in training")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    p.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, metavar="N", help="processes that decode large images (default: %(default)s)")
+    p = argparse.ArgumentParser("eval.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, file = p.add_argument, train.path
+    add("checkpoint", nargs="*", type=file, help="last.pt or best.pt of a run")
+    add("--inspect", action="store_true", help="print tables, layer by layer")
+    add("--report", type=file, metavar="FILE.md", help="write the tables into a file")
+    add("--plot", type=file, metavar="FILE.png", help="draw them; the second into FILE-2.png, ...")
+    add("--fold", action="store_true", help="fold the network, compare, go on with it folded")
+    add("--save-folded", type=file, metavar="FILE.pt", help="fold, and write the folded network")
+    add("--picture", type=file, metavar="FILE.png", help="draw what MP-Init and TrSG do")
+    add("--gradients", type=file, nargs="?", const=True, metavar="FILE.png",
+         help="print gradient norms for thresholds from 0.1 to 10, and draw them into a file")
+    add("--speed", action="store_true", help="time one neuron layer")
+    add("--data-dir", type=file, default="data", help="where data sets are (%(default)s)")
+    add("--images", type=train.count, metavar="N", help="use the first N test images only")
+    add("--batch-size", type=train.count, default=256, metavar="N", help="(%(default)s)")
+    add("--timesteps", type=train.count, metavar="T", help="steps, if other than in training")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, if other than in training")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--workers", type=train.count_or_0, default=2, metavar="N",
+         help="processes that decode large images (%(default)s)")
     args = p.parse_args(argv)
-    for flag, path, ending in (("--gradients", args.gradients, ".png"), ("--plot", args.plot, ".png"), ("--report", args.report, ".md")):
-        if path and not path.endswith(ending):                   # the place of another file, perhaps: of a checkpoint
-            p.error(f"{flag} writes a file *{ending}, and {path} does not end in {ending}")
-    if len(args.checkpoint) > 1 and args.save_folded:
+    # Another file given by mistake might be a checkpoint.
+    for name, ending in dict(report=".md", plot=".png", picture=".png", gradients=".png").items():
+        path = getattr(args, name)
+        if path not in (None, True) and not path.endswith(ending):
+            p.error(f"--{name} writes a file *{ending}: {path} does not end in {ending}")
+    if args.save_folded and len(args.checkpoint) > 1:
         p.error("--save-folded takes one checkpoint")
-    if not args.checkpoint and (args.gradients is None or args.inspect or args.report or args.plot or args.fold or args.save_folded):
+    if not (args.checkpoint or args.picture or args.gradients or args.speed):
         p.error("no checkpoint given")
     return args
 
 
 @torch.no_grad()
 def compare_folded(model, folded, batches):
-    """Print how far the predictions and logits of a folded network agree with the original's."""
+    # Print how far the predictions and logits of a folded network agree with the original's.
+    # The largest difference of logits in a batch, in units of its largest logit.
     same = images = difference = 0
     for x, _ in batches:
         a, b = model(x).mean(0), folded(x).mean(0)
-        same, images = same + (a.argmax(1) == b.argmax(1)).sum().item(), images + len(x)
+        same += (a.argmax(1) == b.argmax(1)).sum().item()
+        images += len(x)
         difference = max(difference, ((a - b).abs().max() / a.abs().max()).item())
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, folded))
-    print(f"folded: same prediction on {100 * same / images:.2f} % of {images} images, logits differ by {difference:.1e} of the largest at most; "
-          f"{after:,d} parameters instead of {before:,d} ({after / before:.2f} times)")
+    print(f"folded: same prediction on {percent(same / images)} of {images} images, in float32; "
+          f"logits\ndiffer by {difference:.1e} of the largest at most; {after:,d} parameters "
+          f"instead of {before:,d}")
+
+
+def fold(args, checkpoint, model, dataset):
+    # The folded network, compared with the original and saved if asked for.
+    if checkpoint.get("folded"):
+        raise UserError(f"{args.checkpoint[0]} is folded already")
+    folded = models.fold(model).to(memory_format=data.memory_format(args.device))
+    compare_folded(model, folded, take(dataset, args.batch_size, args.images))
+    if args.save_folded:
+        # Without the optimizer's state: a folded network is not trained on.
+        kept = {"format", "network", "data", "epoch", "settings"} & set(checkpoint)
+        state = {key: checkpoint[key] for key in kept}
+        state.update(folded=True, model=folded.state_dict())
+        data.write_atomically(args.save_folded, lambda file: torch.save(state, file))
+    return folded
+
+
+def evaluate_checkpoint(args, path, device):
+    # Print one checkpoint's accuracy. Returns what inspect() finds, or None if it is not wanted.
+    checkpoint = load_checkpoint(path)
+    network = checkpoint["network"]
+    model = build_network(checkpoint).to(device, memory_format=data.memory_format(device))
+    model.timesteps = args.timesteps or network["timesteps"]
+    dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(device)
+    about = [f"{path}: {network['arch']}", f"width {network['width']}"]
+    about += [f"T = {dataset.frames or model.timesteps}", dataset.name, dataset.split]
+    about += [f"epoch {checkpoint['epoch']}", "folded" if checkpoint.get("folded") else None]
+    print(*filter(None, about), sep=", ")
+    # In float32, before anything else is asked of the network.
+    if args.fold or args.save_folded:
+        model = fold(args, checkpoint, model, dataset)
+    # As the training's own evaluation, where the flag does not say otherwise.
+    amp = checkpoint.get("settings", {}).get("amp", False) if args.amp is None else args.amp
+    print(f"computed in {'bfloat16' if amp else 'float32'}")
+    start = time.perf_counter()
+    study, rate = None, ""
+    if args.inspect or args.report or args.plot or len(args.checkpoint) > 1:
+        study = inspect(path, checkpoint, model, dataset, args.batch_size, args.images, amp)
+        result = study.result
+    else:
+        result = evaluate(model, take(dataset, args.batch_size, args.images), amp)
+        rate = f", {result['images'] / (time.perf_counter() - start):.0f} images/s"
+    print(f"top-1 {percent(result['top1'])}   top-5 {percent(result['top5'])}", end="   ")
+    print(f"of {result['images']} images{rate}")
+    right = [f"t={t}: {percent(share)}" for t, share in enumerate(result["top1_at"], 1)]
+    print("read out after  " + "  ".join(right) + "\n")
+    return study
 
 
 def main(argv=None):
-    args, looks = arguments(argv), []
-    if args.plot or args.gradients:
-        pyplot()                                         # missing? better said now than after the work
-    if args.save_folded and os.path.isfile(args.save_folded) and not load_checkpoint(args.save_folded).get("folded"):
-        raise UserError(f"--save-folded would replace {args.save_folded}, which is not a folded network: give another name")
-    device = data.use_device(args.device)
-    if args.gradients is not None:
-        gradients(args.gradients)
-    for number, path in enumerate(args.checkpoint, 1):
-        checkpoint = load_checkpoint(path)
-        model = build_network(checkpoint, path).to(device, memory_format=data.memory_format(device))
-        network = checkpoint["network"]
-        model.timesteps = args.timesteps or network["timesteps"]
-        dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(device)
-        print(f"{path}: {network['arch']}, width {network['width']}, T = {dataset.frames or model.timesteps}, "
-              f"{checkpoint['data']['name']}{f', split {dataset.split}' if dataset.split else ''}, epoch {checkpoint['epoch']}{', folded' if checkpoint.get('folded') else ''}"
-              + (" (trained in bfloat16, evaluated in float32)" if checkpoint.get("settings", {}).get("amp") else ""))
-        if args.fold or args.save_folded:
-            if checkpoint.get("folded"):
-                raise UserError(f"{path} is folded already")
-            original, model = model, models.fold(model).to(memory_format=data.memory_format(device))
-            compare_folded(original, model, take(dataset, args.batch_size, args.images))
-        if args.save_folded:
-            state = {**{k: checkpoint[k] for k in ("format", "network", "data", "epoch")}, "folded": True, "model": model.state_dict()}
-            data.write_atomically(args.save_folded, lambda file: torch.save(state, file))
-        start = time.perf_counter()
-        if args.inspect or args.report or args.plot or len(args.checkpoint) > 1:
-            looks.append(inspect(path, checkpoint, model, dataset, args.batch_size, args.images))
-            result, speed = looks[-1]["result"], ""
-        else:
-            result = evaluate(model, take(dataset, args.batch_size, args.images))
-            speed = f", {result['images'] / (time.perf_counter() - start):.0f} images/s"
-        print(f"top-1 {100 * result['top1']:.2f} %   top-5 {100 * result['top5']:.2f} %   of {result['images']} images{speed}")
-        print("read out after  " + "  ".join(f"t={t}: {100 * a:.2f} %" for t, a in enumerate(result["top1_at"], 1)) + "\n")
+    args = arguments(argv)
+    if args.plot or args.picture or args.gradients not in (None, True):
+        # If matplotlib is missing, better say so now than after the work.
+        pyplot()
+    # Not over weights that can still be trained.
+    if args.save_folded and os.path.isfile(args.save_folded):
+        if not load_checkpoint(args.save_folded).get("folded"):
+            raise UserError(f"{args.save_folded} is not a folded network: give another name")
+    device = train.use_device(args.device)
+    # float32 means float32, on GPUs too, which would round to the 10 bits of TF32.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    if args.speed:
+        speed(device)
+    if args.picture or args.gradients:
+        # Small layers, few calls: compiling would take longer than it saves.
+        neuron.COMPILE = False
+    if args.picture:
+        picture(args.picture)
+    if args.gradients:
+        sweep_gradients(None if args.gradients is True else args.gradients)
+    # One after the other: a picture is there before the next checkpoint is read.
+    studies = []
+    for i, path in enumerate(args.checkpoint, 1):
+        studies.append(evaluate_checkpoint(args, path, device))
         if args.plot:
-            plot(looks[-1], pathlib.Path(args.plot) if number == 1 else pathlib.Path(args.plot).with_stem(f"{pathlib.Path(args.plot).stem}-{number}"))
-    details = "\n".join(report(look) for look in looks)
-    if looks:
-        print(details if args.inspect else "", comparison(looks), sep="\n")
-    if args.report:
-        data.write_atomically(args.report, lambda file: file.write(f"# Comparison\n\n{comparison(looks)}\n{details}".encode()))
-
-
-def run(main, program):
-    """Call main(); an expected failure becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except BrokenPipeError:                                      # whoever read what is printed has gone, head for example
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except ConnectionError:                                      # a worker process died, say: nothing the user can mend
-        raise
-    except (UserError, OSError) as error:                        # OSError: a name too long, a folder without access, ...
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:                 # PyTorch has few exceptions of its own
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            advice = "out of memory, try a smaller --batch-size"
-        elif "shared memory" in str(error):
-            advice = "too little shared memory for worker processes, try --workers 0 (or with docker --shm-size 8g)"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            advice = "the network cannot be compiled here, install a C++ compiler or give --no-compile"
-        else:
-            raise
-        print(f"{program}: error: {advice}: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+            # FILE.png, FILE-2.png, ...
+            plot(studies[-1], args.plot if i == 1 else f"{args.plot.removesuffix('.png')}-{i}.png")
+    if studies and studies[0]:
+        tables = f"# Comparison\n\n{comparison(studies)}\n"
+        tables += "\n".join(report(study) for study in studies)
+        print(tables if args.inspect else comparison(studies))
+        if args.report:
+            data.write_atomically(args.report, lambda file: file.write(tables.encode()))
 
 
 if __name__ == "__main__":
-    run(main, "eval.py")
+    train.run(main, "eval.py")

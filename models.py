@@ -1,22 +1,25 @@
-"""Spiking networks of TrLIF layers, as plain modules: build(arch, ...) returns logits per time step.
+"""Spiking networks of TrLIF layers, as plain modules. They return logits per time step.
 
     model = build("resnet19", num_classes=100, timesteps=2)
-    logits = model(images)              # [B, C, H, W] static, or [B, T, C, H, W] event frames -> [T, B, num_classes]
+    logits = model(images)        # [B, C, H, W], or event frames [B, T, C, H, W] -> [T, B, classes]
     prediction = logits.mean(0).argmax(1)
 
-Inside a network a tensor is [T*B, C, H, W], time steps folded into the batch: convolutions, BatchNorm and pooling know
-nothing of time. Only the neurons do; `fire` unfolds T for them. Between calls a network holds no state but its weights
-and running means.
+Inside a network a tensor is [T*B, C, H, W], time steps folded into the batch: convolutions,
+BatchNorm and pooling know nothing of time. Only the neurons do; `fire` unfolds T for them.
+Between calls a network holds no state but its weights and running means.
 
-    resnet19                        CIFAR's: 3x3 stem, stages 128-128-128 / 256-256-256 / 512-512
-    resnet18, resnet34              ImageNet's: 7x7 stem and max-pooling, stages of 64-128-256-512
-    sew_resnet18, sew_resnet34      the same, each block firing before its shortcut is added (Fang et al. 2021, "ADD")
-    spikformer                      Spikformer-4-384 (Zhou et al. 2023): convolutional patches, spiking self attention
+    resnet19                     CIFAR's: 3x3 stem, stages of 128 x3, 256 x3, 512 x2 channels
+    resnet18, resnet34           ImageNet's: 7x7 stem and max-pooling, stages of 64 to 512
+    sew_resnet18, sew_resnet34   the same, each block firing before its shortcut is added
+                                 (Fang et al. 2021, "ADD")
+    spikformer                   Spikformer-4-384 (Zhou et al. 2023): convolutional patches,
+                                 spiking self attention
 
-Values that travel: between the layers of a resnet 0 or theta, nothing else (the head reads their means). In sew_resnet*
-and spikformer the residual streams add the spikes of several layers, each with its own theta; the rest is 0 or theta too.
+What travels between the layers of a resnet is 0 or theta, nothing else (the head reads their
+means). In sew_resnet* and spikformer the residual streams add the spikes of several layers, each
+with its own theta. `fold` makes everything that travels 0 or 1.
 
-`python models.py` prints parameters, neurons and multiply-accumulates of each.
+This file imports neuron.py. `python models.py` prints the size of each network.
 """
 import copy
 import math
@@ -28,124 +31,183 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from neuron import TrLIF, compile_options
 
+ARCHS = ("resnet19", "resnet18", "resnet34", "sew_resnet18", "sew_resnet34", "spikformer")
 
-def conv(c_in, c_out, kernel, stride=1):
-    return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+
+# ---- Parts --------------------------------------------------------------------------------------
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the channels of tokens [T*B, N, C]."""
+
+    def forward(self, x):
+        # [T*B*N, C] and back.
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+def conv_bn(c_in, c_out, kernel, stride=1):
+    """Convolution and BatchNorm: a layer's input current from the spikes that arrive."""
+    # BatchNorm has a bias of its own.
+    convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(c_out))
+
+
+def linear_bn(c_in, c_out):
+    """The same for tokens."""
+    return nn.Sequential(nn.Linear(c_in, c_out), TokenBatchNorm(c_out))
 
 
 def fire(neuron, x, T):
-    """Run a neuron layer, which wants [T, B, ...], on folded [T*B, ...]."""
+    """Run a neuron layer, which wants [T, B, ...], on a folded current [T*B, ...]."""
     return neuron(x.unflatten(0, (T, -1))).flatten(0, 1)
 
 
-def input_current(conv_bn, x, timesteps):
-    """The stem's current [T, B, C, H, W]. A static image's is computed once and shared by all steps (a view)."""
+def input_current(stem, x, timesteps):
+    """The stem's current [T, B, C, H, W]. An image's is computed once, for all steps (a view)."""
+    # An image has four dimensions, frames have T as a fifth.
     if x.dim() == 4:
-        return conv_bn(x).expand(timesteps, -1, -1, -1, -1)
-    return conv_bn(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], -1))
+        return stem(x).expand(timesteps, -1, -1, -1, -1)
+    # [B, T, C, H, W] -> [T*B, C, H, W] -> [T, B, ...].
+    return stem(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], -1))
 
 
-def join(x, y, dim, folded):
-    """Add spikes y to a residual stream x. In a folded network (see fold) they are 0 or 1 without their thetas, which
-    differ: there the summands stay side by side along dim, the channels, each with weights of its own behind it."""
-    return torch.cat([x, y], dim) if folded else x + y
+class Add(nn.Module):
+    """Adds the spikes y of a layer to a residual stream x."""
 
+    def forward(self, x, y):
+        return x + y
+
+
+# ---- Residual networks --------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """conv-BN-LIF-conv-BN beside a shortcut. Plain: add, then fire. SEW: fire, then add; a convolved shortcut fires too."""
+    """conv-BN-LIF-conv-BN, plus the shortcut, LIF."""
 
-    def __init__(self, c_in, c_out, stride, sew, neuron):
+    def __init__(self, c_in, c_out, stride, neuron):
         super().__init__()
-        self.conv1, self.bn1, self.lif1 = conv(c_in, c_out, 3, stride), nn.BatchNorm2d(c_out), TrLIF(**neuron)
-        self.conv2, self.bn2, self.lif2 = conv(c_out, c_out, 3), nn.BatchNorm2d(c_out), TrLIF(**neuron)
-        self.sew, self.folded = sew, False
-        self.shortcut = self.lif_shortcut = None
-        if stride != 1 or c_in != c_out:                         # the shape changes: a 1x1 convolution adapts it
-            self.shortcut = nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
-            self.lif_shortcut = TrLIF(**neuron) if sew else None
+        self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**neuron)
+        self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**neuron)
+        # An empty Sequential is the identity. Where the shape changes a 1x1 convolution adapts it.
+        same_shape = stride == 1 and c_in == c_out
+        self.shortcut = nn.Sequential() if same_shape else conv_bn(c_in, c_out, 1, stride)
 
     def forward(self, x, T):
-        y = fire(self.lif1, self.bn1(self.conv1(x)), T)
-        y = self.bn2(self.conv2(y))
+        y = fire(self.lif1, self.conv1(x), T)
+        # Added are currents, so that what leaves the block is 0 or theta.
+        return fire(self.lif2, self.conv2(y) + self.shortcut(x), T)
+
+
+class SEWBlock(nn.Module):
+    """conv-BN-LIF-conv-BN-LIF, plus the shortcut, which fires too where it is a convolution."""
+
+    def __init__(self, c_in, c_out, stride, neuron):
+        super().__init__()
+        self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**neuron)
+        self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**neuron)
+        self.shortcut, self.lif_shortcut = None, None
+        if stride != 1 or c_in != c_out:
+            self.shortcut, self.lif_shortcut = conv_bn(c_in, c_out, 1, stride), TrLIF(**neuron)
+        self.join = Add()
+
+    def forward(self, x, T):
+        y = fire(self.lif1, self.conv1(x), T)
+        y = fire(self.lif2, self.conv2(y), T)
         if self.shortcut is not None:
-            x = self.shortcut(x)
-        if not self.sew:
-            return fire(self.lif2, y + x, T)
-        if self.lif_shortcut is not None:
-            x = fire(self.lif_shortcut, x, T)
-        return join(x, fire(self.lif2, y, T), 1, self.folded)
+            x = fire(self.lif_shortcut, self.shortcut(x), T)
+        # Added are spikes: the gradient has a way past the neurons.
+        return self.join(x, y)
 
 
 class ResNet(nn.Module):
-    """stages: (channels, blocks, stride) each. imagenet: the 7x7/2 stem with max-pooling instead of the 3x3 one."""
+    """stages: (channels, blocks, stride) each. imagenet: 7x7 stem of stride 2 and max-pooling."""
 
-    def __init__(self, stages, num_classes, timesteps, in_channels, width, neuron, imagenet=False, sew=False):
+    def __init__(self, block, stages, num_classes, timesteps, in_channels, width, neuron,
+                 imagenet=False):
         super().__init__()
         self.timesteps = timesteps
-        self.stem = nn.Sequential(conv(in_channels, width, 7, 2) if imagenet else conv(in_channels, width, 3),
-                                  nn.BatchNorm2d(width))
+        # 224 pixels are many: the stem and the pooling behind it leave a sixteenth of them.
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.stem = conv_bn(in_channels, width, kernel, stride)
         self.lif = TrLIF(**neuron)
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
-        self.blocks, c = nn.ModuleList(), width
+        self.blocks = nn.ModuleList()
+        c_in = width
         for c_out, blocks, stride in stages:
             for i in range(blocks):
-                self.blocks.append(Block(c, c_out, stride if i == 0 else 1, sew, neuron))
-                c = c_out
-        self.head = nn.Linear(c, num_classes)
+                # The first block of a stage makes the images smaller.
+                self.blocks.append(block(c_in, c_out, stride if i == 0 else 1, neuron))
+                c_in = c_out
+        self.head = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
         x = input_current(self.stem, x, self.timesteps)
         T = x.shape[0]
+        # From here on [T*B, C, H, W].
         x = self.pool(self.lif(x).flatten(0, 1))
         for block in self.blocks:
             x = block(x, T)
+        # Mean over places, logits for each step.
         return self.head(x.mean((2, 3))).unflatten(0, (T, -1))
 
 
+# ---- Spikformer ---------------------------------------------------------------------------------
+
 class SpikingSelfAttention(nn.Module):
-    """softmax-free attention between spikes: LIF(q k^T v / 8). x [T*B, N tokens, D]."""
+    """Attention between spikes, without a softmax: LIF(q k^T v / 8). x [T*B, N tokens, D]."""
 
     def __init__(self, dim, heads, neuron):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (LinearLIF(dim, dim, neuron) for _ in range(4))
-        self.lif = TrLIF(**{**neuron, "threshold": 0.5 * neuron.get("threshold", 1.0)})  # half as high, as in the publication
+        # Half as high a threshold behind the product, as in the publication.
+        self.lif = TrLIF(**{**neuron, "threshold": 0.5 * neuron.get("threshold", 1.0)})
+
+    def split_heads(self, spikes):
+        """[T*B, N, D] -> [T*B, heads, N, D / heads]."""
+        return spikes.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, T):
-        q, k, v = (layer(x, T).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        # Without a softmax (q k^T) v = q (k^T v), and the right side never forms the N x N matrix.
+        q, k, v = (self.split_heads(layer(x, T)) for layer in (self.q, self.k, self.v))
+        # (q k^T) v = q (k^T v) without a softmax, and this never forms the N x N matrix.
         y = q @ (k.transpose(2, 3) @ v) * 0.125
         return self.out(fire(self.lif, y.transpose(1, 2).flatten(2), T), T)
 
 
 class LinearLIF(nn.Module):
-    """linear-BN-LIF on tokens, x [T*B, N, C_in] -> [T*B, N, C_out]."""
+    """linear-BN-LIF on tokens: [T*B, N, C_in] -> [T*B, N, C_out]."""
 
     def __init__(self, c_in, c_out, neuron):
         super().__init__()
-        self.linear, self.bn, self.lif = nn.Linear(c_in, c_out), nn.BatchNorm1d(c_out), TrLIF(**neuron)
+        self.linear, self.lif = linear_bn(c_in, c_out), TrLIF(**neuron)
 
     def forward(self, x, T):
-        y = self.linear(x)
-        return fire(self.lif, self.bn(y.flatten(0, 1)).view_as(y), T)
+        return fire(self.lif, self.linear(x), T)
 
 
 class Spikformer(nn.Module):
-    """Patch splitting to tokens of 6 * width, then 4 blocks of attention and MLP, each adding its spikes to x."""
+    """Patch splitting to tokens of 6 * width channels, then blocks of attention and MLP."""
 
     def __init__(self, num_classes, timesteps, in_channels, width, neuron, depth=4, heads=12):
         super().__init__()
-        self.timesteps, self.folded = timesteps, False
+        self.timesteps = timesteps
         dim = 6 * width
         channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
-        self.patches = nn.ModuleList(nn.Sequential(conv(a, b, 3), nn.BatchNorm2d(b))
-                                     for a, b in zip(channels, channels[1:]))
+        self.patches = nn.ModuleList(conv_bn(a, b, 3) for a, b in zip(channels, channels[1:]))
+        # A neuron layer behind each of the five convolutions.
         self.lifs = nn.ModuleList(TrLIF(**neuron) for _ in self.patches)
-        self.pools = nn.ModuleList(nn.MaxPool2d(3, 2, 1) if i in (2, 3) else nn.Identity() for i in range(4))
-        self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, neuron) for _ in range(depth))
-        self.mlp = nn.ModuleList(nn.ModuleList([LinearLIF(dim, 4 * dim, neuron), LinearLIF(4 * dim, dim, neuron)])
+        # The third and fourth stage halve the side: 32x32 pixels become 8x8 tokens.
+        pools = [nn.Identity(), nn.Identity(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)]
+        self.pools = nn.ModuleList(pools)
+        self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, neuron)
+                                       for _ in range(depth))
+        self.mlp = nn.ModuleList(nn.ModuleList([LinearLIF(dim, 4 * dim, neuron),
+                                                LinearLIF(4 * dim, dim, neuron)])
                                  for _ in range(depth))
+        self.join = Add()
         self.head = nn.Linear(dim, num_classes)
+
+    def tokens(self, x):
+        """[T*B, D, H, W] -> [T*B, N, D]."""
+        return x.flatten(2).transpose(1, 2)
 
     def forward(self, x):
         x = input_current(self.patches[0], x, self.timesteps)
@@ -153,194 +215,248 @@ class Spikformer(nn.Module):
         x = self.pools[0](self.lifs[0](x).flatten(0, 1))
         for patch, lif, pool in zip(self.patches[1:4], self.lifs[1:4], self.pools[1:]):
             x = pool(fire(lif, patch(x), T))
-        x = join(x, fire(self.lifs[4], self.patches[4](x), T), 1, self.folded)  # embeds positions
-        x = x.flatten(2).transpose(1, 2)                         # [T*B, N, D]
+        # The fifth convolution tells each token its place.
+        x = self.join(self.tokens(x), self.tokens(fire(self.lifs[4], self.patches[4](x), T)))
+        # [T*B, N tokens, D]. Attention, then two layers on each token, beside the stream.
         for attention, (up, down) in zip(self.attention, self.mlp):
-            x = join(x, attention(x, T), 2, self.folded)
-            x = join(x, down(up(x, T), T), 2, self.folded)
+            x = self.join(x, attention(x, T))
+            x = self.join(x, down(up(x, T), T))
         return self.head(x.mean(1)).unflatten(0, (T, -1))
 
 
-ARCHS = ("resnet19", "resnet18", "resnet34", "sew_resnet18", "sew_resnet34", "spikformer")
+# ---- Building -----------------------------------------------------------------------------------
 
-
-def build(arch, num_classes, timesteps, in_channels=3, width=64, **neuron_options):
+def build(arch, num_classes, timesteps, in_channels=3, width=64, start="published",
+          **neuron_options):
     """Build a network.
 
     arch            one of ARCHS
     timesteps       T for static images; event frames bring their own
     in_channels     3 for colour images, 2 for event frames
-    width           the stem's channels in a resnet, a sixth of the embedding in spikformer (a multiple of 4): 64 is
-                    the published network, small values make narrow ones for small machines
-    neuron_options  handed to every TrLIF: threshold, tau, mp_init, surrogate, momentum, learnable, check
+    width           the stem's channels in a resnet, a sixth of the embedding in spikformer (a
+                    multiple of 4): 64 is the published network, 8 one for a small machine
+    start           how weights start. "published": PyTorch's own way; in the ImageNet resnets
+                    kaiming_normal (fan_out) and a head of normal(0, 0.01), as published.
+                    "kaiming": kaiming_normal (fan_out) in every convolution
+    neuron_options  handed to every TrLIF: threshold, tau, mp_init, surrogate, momentum, learnable
 
-    forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for what it can't build.
+    forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for
+    what it cannot build.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
-    for name, value in (("num_classes", num_classes), ("timesteps", timesteps), ("in_channels", in_channels),
-                        ("width", width)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
+    if min(num_classes, timesteps, in_channels, width) < 1:
+        raise ValueError(f"num_classes {num_classes}, timesteps {timesteps}, in_channels "
+                         f"{in_channels} and width {width} must be at least 1")
+    # Widths as published, for width = 64.
     common = num_classes, timesteps, in_channels, width, neuron_options
-    w = width
     if arch == "spikformer":
-        if w % 4:
-            raise ValueError(f"spikformer's width must be a multiple of 4, not {w}: 12 heads share 6 * width channels, and the first "
-                             "convolution has an eighth of them")
+        if width % 4:
+            raise ValueError(f"spikformer's width must be a multiple of 4, not {width}: 12 heads "
+                             "share 6 * width channels, the first convolution has an eighth")
         model = Spikformer(*common)
     elif arch == "resnet19":
-        model = ResNet([(2 * w, 3, 1), (4 * w, 3, 2), (8 * w, 2, 2)], *common)
+        model = ResNet(Block, [(2 * width, 3, 1), (4 * width, 3, 2), (8 * width, 2, 2)], *common)
     else:
+        block = SEWBlock if arch.startswith("sew") else Block
         blocks = (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3)
-        stages = [(w * 2 ** i, n, 1 if i == 0 else 2) for i, n in enumerate(blocks)]
-        model = ResNet(stages, *common, imagenet=True, sew=arch.startswith("sew"))
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # Each stage but the first has twice the channels and half the side.
+        stages = [(width, blocks[0], 1)]
+        stages += [(width * 2 ** i, blocks[i], 2) for i in (1, 2, 3)]
+        model = ResNet(block, stages, *common, imagenet=True)
+    # PyTorch has started all weights in its own way already.
+    imagenet = arch not in ("resnet19", "spikformer")
+    if start == "kaiming" or imagenet:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if start == "published" and imagenet:
+        nn.init.normal_(model.head.weight, 0, 0.01)
+        nn.init.zeros_(model.head.bias)
     return model
 
 
 @torch.no_grad()
 def scale_currents(model, threshold):
-    """Multiply every BatchNorm's weight, 1 at the start, by theta, in place (as in tdBN, Zheng et al. 2021). Returns the model.
+    """Multiply every BatchNorm's weight, 1 at the start, by theta, in place (as tdBN, Zheng 2021).
 
-    Input currents then have deviation theta at the start, and another initial threshold is a mere change of units. TrSG
-    does not notice it: a layer emits theta s, the next BatchNorm divides by that theta and multiplies by its weight.
-    Not so in spikformer's attention, where no BatchNorm follows the product of three spikes: it scales with theta^3.
+    Currents then have deviation theta at the start: another initial threshold is a mere change
+    of units, which TrSG does not notice, since each BatchNorm divides by the theta that the layer
+    before emits. Not so in spikformer's attention, where three spikes are multiplied.
     """
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.weight *= threshold
+
+
+def compile_model(model, **options):
+    """Fuse the whole network with torch.compile, in place, and return it: BatchNorm, shortcuts
+    and neurons share kernels. Takes minutes once, and again for evaluation."""
+    model.compile(dynamic=False, options=compile_options(), **options)
     return model
 
 
-@torch.no_grad()
-def start_near_identity(model):
-    """Let every block of a plain resnet start out passing on what comes over its shortcut, in place. Returns the model.
+# ---- Folding: a network for inference whose spikes are all 1 -------------------------------------
 
-    A block that fires after its addition has no path around the neuron: 16 of them in a row garble what they carry before
-    training has begun. For ReLUs the remedy is a last BatchNorm that starts at 0 (Goyal et al. 2017). A neuron needs a bias
-    besides, or the shortcut's spike alone would not reach its threshold. With bias b, from v[0] = 0, h[1] is
+class Concatenate(nn.Module):
+    """In the place of Add: streams side by side along dim, each with weights of its own behind."""
 
-        k b   without a spike,   k (b + a)   with one of height a:   as far below theta as above it if   b = theta / k - a / 2
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
 
-    Without spikes the potential settles at b. Raises ValueError where tau is too large for b to lie below theta, and for
-    networks that add spikes behind the neuron, which have a path around it.
-    """
-    if not isinstance(model, ResNet) or model.blocks[0].sew:
-        raise ValueError("near_identity is for resnet18, resnet19 and resnet34: the others add spikes behind the neuron, leave it out")
-    for block in model.blocks:
-        neuron = block.lif2
-        spike = neuron.threshold if neuron.surrogate == "trsg" else 1.0
-        bias = neuron.threshold * neuron.tau - spike / 2
-        if bias >= neuron.threshold:
-            raise ValueError(f"near_identity needs a tau below {1 + spike / (2 * neuron.threshold):.3g}, not {neuron.tau:.3g}: "
-                             "neurons would fire without a spike")
-        nn.init.constant_(block.bn2.weight, 0.1 * spike)         # a small disturbance beside the spike
-        nn.init.constant_(block.bn2.bias, bias)
-    return model
+    def forward(self, x, y):
+        return torch.cat([x, y], self.dim)
 
 
-def compile_model(model):
-    """Fuse the whole network with torch.compile, in place: BatchNorm's application, the shortcuts' additions and the
-    neurons then share kernels. Takes minutes once, and again for evaluation; rounding may differ. Returns the model."""
-    model.compile(dynamic=False, options=compile_options())
-    return model
+class Scale(nn.Module):
+    """In the place of a plain shortcut: one connection a neuron, of weight theta."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+
+    def forward(self, x):
+        return x * self.weight
 
 
-def wiring(model):
-    """Which spikes reach which weights, by the names of modules, as forward has it: (synapses, pooled).
+def synapses(model):
+    """[(layer, sources)] in the order of computation: which spikes reach which weights.
 
-    synapses  in the order of computation, (layer, its BatchNorm or None, [neuron layers whose spikes arrive, added up]); the
-              shortcut of a plain resnet is among them where it has no convolution, too
-    pooled    {neuron layer: the pooling through which its spikes leave}
+    layer    a Sequential of convolution or linear layer and BatchNorm, the head, or the empty
+             Sequential of a plain shortcut
+    sources  the TrLIF layers whose spikes arrive there, added up; [] for the input
     """
     if isinstance(model, Spikformer):
-        synapses = [(f"patches.{i}.0", f"patches.{i}.1", [f"lifs.{i - 1}"] if i else []) for i in range(5)]
-        stream = ["lifs.3", "lifs.4"]
-        for i in range(len(model.mlp)):
-            for first, inside, last in (([f"attention.{i}.{part}" for part in "qkv"], f"attention.{i}.lif", f"attention.{i}.out"),
-                                        ([f"mlp.{i}.0"], f"mlp.{i}.0.lif", f"mlp.{i}.1")):
-                synapses += [(f"{name}.linear", f"{name}.bn", stream) for name in first]
-                synapses += [(f"{last}.linear", f"{last}.bn", [inside])]
-                stream = stream + [f"{last}.lif"]
-        return synapses + [("head", None, stream)], {f"lifs.{i}": f"pools.{i}" for i in range(4)}
-    synapses, stream = [("stem.0", "stem.1", [])], ["lif"]
-    for i, block in enumerate(model.blocks):
-        b, adapts = f"blocks.{i}", isinstance(block.shortcut, nn.Sequential)          # fold makes a lone convolution of an identity
-        if adapts:
-            synapses.append((f"{b}.shortcut.0", f"{b}.shortcut.1", stream))
-        elif not block.sew:
-            synapses.append((f"{b}.shortcut", None, stream))
-        synapses += [(f"{b}.conv1", f"{b}.bn1", stream), (f"{b}.conv2", f"{b}.bn2", [f"{b}.lif1"])]
-        beside = [f"{b}.lif_shortcut"] if adapts else stream     # what a SEW block adds its spikes to
-        stream = (beside if block.sew else []) + [f"{b}.lif2"]
-    return synapses + [("head", None, stream)], {"lif": "pool"}
+        # The stream grows by a source with each layer that is added to it.
+        found = [(model.patches[0], [])]
+        found += [(model.patches[i], [model.lifs[i - 1]]) for i in range(1, 5)]
+        stream = [model.lifs[3], model.lifs[4]]
+        for attention, (up, down) in zip(model.attention, model.mlp):
+            found += [(part.linear, stream) for part in (attention.q, attention.k, attention.v)]
+            found += [(attention.out.linear, [attention.lif])]
+            stream = stream + [attention.out.lif]
+            found += [(up.linear, stream), (down.linear, [up.lif])]
+            stream = stream + [down.lif]
+        return found + [(model.head, stream)]
+    found, stream = [(model.stem, [])], [model.lif]
+    for block in model.blocks:
+        if block.shortcut is not None:
+            found.append((block.shortcut, stream))
+        # The first convolution reads the stream, the second only what the first made fire.
+        found += [(block.conv1, stream), (block.conv2, [block.lif1])]
+        if isinstance(block, SEWBlock):
+            beside = stream if block.shortcut is None else [block.lif_shortcut]
+            stream = beside + [block.lif2]
+        else:
+            stream = [block.lif2]
+    return found + [(model.head, stream)]
+
+
+def pooling(model):
+    """[(neuron layer, the pooling through which its spikes leave)]."""
+    if isinstance(model, Spikformer):
+        return list(zip(model.lifs, model.pools))
+    return [(model.lif, model.pool)]
+
+
+def spike_height(neuron):
+    """theta, or 1 for neurons of the naive form, which emit s."""
+    threshold = neuron.threshold
+    return threshold if neuron.surrogate == "trsg" else torch.ones_like(threshold)
+
+
+def folded_weights(layer, sources):
+    """A layer's weights when its sources emit 0 or 1, side by side, and BatchNorm is a constant:
+    weight [C_out, C_in * sources, ...] and bias [C_out]."""
+    linear, *norms = layer if isinstance(layer, nn.Sequential) else [layer]
+    # W (theta_1 s_1 + theta_2 s_2) = [theta_1 W, theta_2 W] [s_1, s_2].
+    heights = [spike_height(neuron) for neuron in sources] or [1.0]
+    weight, bias = torch.cat([linear.weight * height for height in heights], 1), linear.bias
+    fuse = fuse_linear_bn_weights if isinstance(linear, nn.Linear) else fuse_conv_bn_weights
+    # In evaluation BatchNorm multiplies and adds constants. The head has none.
+    for norm in norms:
+        weight, bias = fuse(weight, bias, norm.running_mean, norm.running_var, norm.eps,
+                            norm.weight, norm.bias)
+    return weight, bias
+
+
+def with_weights(linear, weight, bias):
+    """A convolution or linear layer like `linear`, with other weights."""
+    if isinstance(linear, nn.Linear):
+        new = nn.Linear(weight.shape[1], weight.shape[0])
+    else:
+        new = nn.Conv2d(weight.shape[1], weight.shape[0], linear.kernel_size, linear.stride,
+                        linear.padding)
+    new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    new.bias = nn.Parameter(bias.clone())
+    return new
+
+
+def divide_threshold(attention):
+    """Let q k^T v be computed from spikes of height 1 instead of theta_q, theta_k, theta_v."""
+    neuron = attention.lif
+    scale = math.prod(spike_height(part.lif) for part in (attention.q, attention.k, attention.v))
+    # The current is divided by the product of the heights. Divide start and threshold alike, and
+    # the spikes are the same.
+    neuron.v_init /= scale
+    threshold = neuron.threshold / scale
+    # The inverse of softplus, finite for thresholds however high.
+    neuron.raw_threshold.copy_(threshold + (-(-threshold).expm1()).log())
 
 
 @torch.no_grad()
 def fold(model):
-    """A copy of a network for inference whose spikes are all 1 and which has no BatchNorm. Same predictions.
+    """A copy of a network for inference: spikes are 0 or 1, no BatchNorm. Same predictions.
 
-    A neuron that emits theta s into weights W does what one does that emits s into theta W. So every neuron layer emits
-    0 or 1, its threshold only deciding when, and the weights behind it take theta; the shortcuts of a plain resnet become
-    one weight a spike. q k^T v meets no weights: there the thetas of the factors divide the threshold behind the product.
-    BatchNorm, a fixed scale and shift here, goes into weights and bias before it. The residual streams of sew_resnet* and
-    spikformer add spikes of different thetas, which no common weight can absorb: there the spikes of each source stay
-    apart (join), and layers behind have a weight set a source. That costs memory, but no operations: each spike
-    still meets one weight a connection. The head reads means over places: 1 / places counts as part of its weights.
+    A neuron that emits theta s into weights W does what one does that emits s into theta W. So
+    every neuron layer emits 0 or 1, its threshold only deciding when, and the weights behind it
+    take theta. BatchNorm, a fixed scale and shift here, goes into the weights before it. Where
+    a residual stream adds spikes of different thetas, which no common weight can absorb, the
+    spikes of each source stay apart and meet weights of their own: more memory, but no more
+    operations. The head reads means over places: 1 / places counts as part of its weights.
     """
     model = copy.deepcopy(model).eval()
-    layers = dict(model.named_modules())
-    # theta: the height of a layer's spikes, which "absolute" neurons emit as 1
-    theta = {name: layer.threshold if layer.surrogate == "trsg" else torch.ones_like(layer.threshold)
-             for name, layer in layers.items() if isinstance(layer, TrLIF)}
-    for name, bn, sources in wiring(model)[0]:
-        layer, (parent, _, last) = layers.get(name), name.rpartition(".")
-        if layer is None:                                        # a shortcut: one connection, of weight theta, a channel
-            channels = layers[f"{parent}.conv2"].out_channels
-            weight, bias = theta[sources[0]].expand(channels, 1, 1, 1), None
-            new = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
+    # Weights first: they need the thresholds as they were.
+    for layer, sources in synapses(model):
+        if layer is model.head:
+            model.head = with_weights(layer, *folded_weights(layer, sources))
+        elif len(layer) == 0:
+            layer.append(Scale(spike_height(sources[0])))
         else:
-            weight = torch.cat([layer.weight * theta[s] for s in sources], 1) if sources else layer.weight
-            bias = layer.bias
-            if bn:
-                fuse, norm = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights, layers[bn]
-                weight, bias = fuse(weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-                setattr(layers[bn.rpartition(".")[0]], bn.rpartition(".")[2], nn.Identity())
-            new = (nn.Linear(*weight.T.shape) if isinstance(layer, nn.Linear) else
-                   nn.Conv2d(weight.shape[1], len(weight), layer.kernel_size, layer.stride, layer.padding))
-        new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-        new.bias = None if bias is None else nn.Parameter(bias.clone())
-        setattr(layers[parent], last, new)
-    for name, layer in layers.items():
-        if isinstance(layer, SpikingSelfAttention):       # current, start and threshold divided alike: same spikes
-            scale = math.prod(theta[f"{name}.{part}.lif"] for part in "qkv")
-            layer.lif.v_init /= scale
-            threshold = layer.lif.threshold / scale
-            layer.lif.raw_threshold.copy_(threshold + (-(-threshold).expm1()).log())         # the inverse of softplus
-        if isinstance(layer, TrLIF):
-            layer.surrogate = "absolute"                         # which emits s
-        if hasattr(layer, "folded"):
-            layer.folded = True
+            layer[0] = with_weights(layer[0], *folded_weights(layer, sources))
+            layer[1] = nn.Identity()
+    # Sums of spikes become streams side by side: channels of images, or of tokens.
+    for module in list(model.modules()):
+        if isinstance(module, SEWBlock):
+            module.join = Concatenate(1)
+        elif isinstance(module, Spikformer):
+            module.join = Concatenate(2)
+        elif isinstance(module, SpikingSelfAttention):
+            divide_threshold(module)
+    # Neurons of this form emit s, and only their threshold decides when.
+    for module in model.modules():
+        if isinstance(module, TrLIF):
+            module.surrogate = "absolute"
     return model
 
 
 def macs_per_step(model, x):
-    """Multiply-accumulates of one forward of x (one time step if timesteps = 1): convolutions, linear layers, attention.
-    Leaves the model in evaluation mode."""
+    """Multiply-accumulates of one forward of x (one time step if timesteps = 1)."""
+    # A multiply-accumulate counts as two operations there.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(x)
     return counter.get_total_flops() // 2
 
 
 if __name__ == "__main__":
-    print(f"{'arch':14s} {'input':>12s} {'classes':>8s} {'parameters':>12s} {'neuron layers':>14s} {'MACs a step':>16s}")
+    print(f"{'arch':14s} {'input':>11s} {'classes':>8s} {'parameters':>12s} {'neuron layers':>14s} "
+          f"{'MACs a step':>16s}")
     for arch in ARCHS:
         size, classes = {"resnet19": (32, 100), "spikformer": (32, 10)}.get(arch, (224, 1000))
         model = build(arch, classes, timesteps=1)
         parameters = sum(p.numel() for p in model.parameters())
         neurons = sum(isinstance(m, TrLIF) for m in model.modules())
         macs = macs_per_step(model, torch.zeros(1, 3, size, size))
-        print(f"{arch:14s} {f'3x{size}x{size}':>12s} {classes:8d} {parameters:12,d} {neurons:14d} {macs:16,d}")
+        print(f"{arch:14s} {f'3x{size}x{size}':>11s} {classes:8d} {parameters:12,d} {neurons:14d} "
+              f"{macs:16,d}")

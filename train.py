@@ -1,423 +1,863 @@
-"""Train a spiking network with MP-Init and TrSG:  python train.py --dataset cifar100 --arch resnet19
+"""Train a spiking network with MP-Init and TrSG: python train.py --dataset cifar100 --arch resnet19
 
-Writes into --out: log.csv (a row an epoch), last.pt (everything needed to go on) and best.pt (of the best test accuracy).
-Look at the result with  python eval.py DIR/best.pt.  A first try that needs no download and four minutes on a laptop:
+Writes into --out: log.csv (a row an epoch), last.pt (everything needed to go on) and best.pt (the
+network of the best test accuracy). Look at the result with  python eval.py DIR/best.pt.
+A first try that needs no download and four minutes on a laptop:
 
     python train.py --dataset shapes --arch resnet19 --width 8 --timesteps 2 --epochs 3
 
-Several GPUs:  torchrun --nproc_per_node 8 train.py ...  (--batch-size is that of all of them together).
-Ctrl-C or SIGTERM finishes the step, saves and leaves; the same command with --resume DIR goes on as if nothing happened.
+Several GPUs:  torchrun --nproc_per_node 8 train.py ...   (--batch-size is that of all together)
+Ctrl-C or SIGTERM finishes the step, saves and leaves; --resume DIR goes on as if nothing happened.
+
+This file imports neuron.py, models.py and data.py; eval.py imports this one.
 """
+
 import argparse
 import contextlib
-import csv
+import ctypes
 import datetime
-import io
 import math
 import os
 import pathlib
 import signal
 import sys
 import time
+import types
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
 import neuron
-from data import UserError
-from eval import FORMAT, check_classes, evaluate, load_checkpoint, number, parser, run
+from data import UserError, first_line
 
-# What --arch decides where no flag says otherwise: SGD for the convolutional networks, Spikformer as its authors train it.
-# A threshold gathers the gradients of a whole layer: at the full rate of the weights narrow networks stayed at
-# chance or diverged, so it learns at a tenth of it. AdamW's steps are all of one size.
-RESNET_RECIPE = dict(optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup=0.05, label_smoothing=0.0, mixup=0.0, augment="plain", neuron_rate=0.1)
-SPIKFORMER_RECIPE = dict(optimizer="adamw", lr=5e-4, weight_decay=0.06, warmup=0.1, label_smoothing=0.1, mixup=0.5, augment="trivial",
-                         neuron_rate=1.0)
-# What a resumed run may not change: another network, other data, a start that lies behind it, or the
-# optimizer, whose state goes on.
-FIXED = ("dataset", "arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate", "fixed_neuron", "near_identity", "scale_currents",
-         "optimizer", "dvs_split", "bin_by", "classes")
-
-
-def settings(argv=None):
-    """The command line as {flag: value}, and the part of it that was really given."""
-    p = parser("train.py", __doc__)
-    count, positive, at_least_0 = number(int, 1, or_equal=True), number(float, 0), number(float, 0, or_equal=True)
-    g = p.add_argument_group("network")
-    g.add_argument("--arch", choices=models.ARCHS, default="resnet19", help="(default: %(default)s)")
-    g.add_argument("--timesteps", type=count, default=4, metavar="T", help="time steps an image is shown for, or frames a recording of events is cut into (default: %(default)s)")
-    g.add_argument("--width", type=count, default=64, help="channels of the stem: 64 is the published network, 8 one for a laptop (default: %(default)s)")
-    g.add_argument("--threshold", type=positive, default=1.0, help="initial threshold theta; with another than 1 try --scale-currents (default: %(default)s)")
-    g.add_argument("--tau", type=number(float, 1), default=2.0, help="initial membrane time constant in time steps (default: %(default)s)")
-    g.add_argument("--mp-init", choices=("active", "all", "off"), default="active", help="start potentials at their running mean over the neurons that fired (the paper), over all neurons, or at 0 (default: %(default)s)")
-    g.add_argument("--surrogate", choices=("trsg", "absolute"), default="trsg", help="threshold-robust surrogate gradient, or the naive window of fixed width (default: %(default)s)")
-    g.add_argument("--fixed-neuron", action="store_true", help="do not train thresholds and time constants")
-    g.add_argument("--near-identity", action="store_true", help="start every block of a plain resnet as nearly the identity (models.start_near_identity), for deep ones; needs --tau 1.05 or so")
-    g.add_argument("--scale-currents", action="store_true", help="start BatchNorm's weights at theta instead of 1 (models.scale_currents), so that currents scale with --threshold")
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=data.DATASETS, default="cifar100", help="(default: %(default)s)")
-    g.add_argument("--data-dir", default="data", help="where data sets are or are downloaded to; for 'folder' the image tree itself (default: %(default)s)")
-    g.add_argument("--image-size", type=count, help=f"side of the images of 'shapes' and 'folder' (default: 32; folders above {data.RESIDENT_UP_TO} are streamed) and 'imagenet' (default: 224)")
-    g.add_argument("--dvs-split", choices=("first100", "random"), default="first100", help="test set of cifar10-dvs: the recordings 0-99 of each class, or a tenth of each drawn at random (default: %(default)s)")
-    g.add_argument("--bin-by", choices=("count", "time"), default="count", help="cut recordings of events into frames of equal count or of equal duration (default: %(default)s)")
-    g.add_argument("--classes", type=number(int, 2, or_equal=True), metavar="N", help="use the first N classes only, a smaller task (default: all)")
-    g.add_argument("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
-    g.add_argument("--cutout", type=number(int, 0, or_equal=True), default=0, metavar="PIXELS", help="side of a square blanked in each training image (default: none)")
-    g.add_argument("--workers", type=number(int, 0, or_equal=True), default=2, help="processes that decode images (default: %(default)s)")
-    g = p.add_argument_group("recipe ('by arch': decided by --arch and printed at the start)")
-    g.add_argument("--epochs", type=count, default=100, help="(default: %(default)s)")
-    g.add_argument("--batch-size", type=count, help="images a step, over all processes together (default: 64; for the sake of enough steps 32 below 20,000 training images and 16 below 5,000)")
-    g.add_argument("--accumulate", type=count, default=1, metavar="N", help="compute a step in N parts to save memory; BatchNorm and MP-Init then see the parts (default: %(default)s)")
-    g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD with Nesterov momentum 0.9, or AdamW (by arch)")
-    g.add_argument("--lr", type=positive, help="peak learning rate: linear warm-up to it, then a cosine to 0 (by arch)")
-    g.add_argument("--neuron-rate", type=at_least_0, help="learning rate of thresholds and time constants, as a part of --lr (by arch)")
-    g.add_argument("--weight-decay", type=at_least_0, help="of weights only, not of biases, BatchNorm, thresholds and time constants (by arch)")
-    g.add_argument("--warmup", type=number(float, 0, 1, or_equal=True), help="the warm-up's part of the run (by arch)")
-    g.add_argument("--label-smoothing", type=number(float, 0, 1, or_equal=True), help="(by arch)")
-    g.add_argument("--mixup", type=at_least_0, help="alpha of mixup's Beta distribution, 0 for no mixup (by arch)")
-    g.add_argument("--augment", choices=("plain", "trivial"), help="of training images: shifts (above 96 pixels random resized crops) and flips, or TrivialAugment as well (by arch)")
-    g.add_argument("--seed", type=number(int, 0, 2 ** 63, or_equal=True), default=0, help="(default: %(default)s)")
-    g = p.add_argument_group("machine and run")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="convolutions in bfloat16 (default: on CUDA)")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="fuse the whole network (default: on CUDA; elsewhere the neurons only); --no-compile fuses nothing")
-    g.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all GPUs instead of each its own")
-    g.add_argument("--out", metavar="DIR", help="where log and checkpoints go (default: a new folder in runs/)")
-    g.add_argument("--resume", metavar="DIR", help="go on with the run in DIR; 'auto': with the one in --out, if there is one")
-    g.add_argument("--save-every", type=positive, default=10.0, metavar="MINUTES", help="save last.pt within epochs too (default: %(default)s)")
-    # argparse fills in a default only where the namespace has no value yet: None marks what was not given.
-    defaults = vars(p.parse_args([]))
-    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    given = {name: value for name, value in given.items() if value is not None}
-    for flag in ("out", "resume"):
-        if given.get(flag) == "":                                # an unset variable in a script, perhaps
-            p.error(f"--{flag} needs the name of a folder")
-    if given.get("resume") == "auto" and "out" not in given:
-        p.error("--resume auto needs --out DIR")
-    if given.get("resume", "auto") != "auto" and pathlib.Path(given.get("out", given["resume"])).resolve() != pathlib.Path(given["resume"]).resolve():
-        p.error(f"--resume {given['resume']} goes on in that folder: leave --out out")
-    return {**defaults, **given}, given
+# What determines a result besides network and data. A flag of the same name overrides a value.
+# paper: the authors' published code to the letter, but that the cosine falls by step, not by epoch.
+# fast: for short runs and narrow networks. A threshold gathers the gradients of a whole layer, and
+#   at the full rate of the weights narrow networks stayed at chance or diverged.
+# spikformer: as its authors train it. AdamW's steps are all of one size.
+RECIPES = ("paper", "fast", "spikformer")
+RECIPE = {
+    "epochs": (200, 100, 100),
+    # None: by the size of the data set, for the sake of enough steps.
+    "batch_size": (64, None, None),
+    # SGD with momentum 0.9, with Nesterov's momentum, or AdamW.
+    "optimizer": ("sgd", "nesterov", "adamw"),
+    # The peak: a linear warm-up to it, over a part of the run, then a cosine to 0.
+    "lr": (0.02, 0.3, 5e-4),
+    "warmup": (0.0, 0.05, 0.1),
+    # The rate of thresholds and time constants, as a part of lr.
+    "neuron_rate": (1.0, 0.1, 1.0),
+    # Decayed are all parameters, or weights only: no biases, BatchNorm and thresholds.
+    "weight_decay": (5e-4, 5e-4, 0.06),
+    "decayed": ("all", "weights", "weights"),
+    # How weights start, see models.build.
+    "start": ("published", "kaiming", "kaiming"),
+    "label_smoothing": (0.0, 0.0, 0.1),
+    # Alpha of mixup's Beta distribution, 0 for no mixup.
+    "mixup": (0.0, 0.0, 0.5),
+    # Shifts (streamed images: random resized crops) and flips, or TrivialAugment as well.
+    "augment": ("plain", "plain", "trivial"),
+}
+# What a resumed run may not change: network, data, and the optimizer, whose state goes on.
+FIXED = ["dataset", "arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate"]
+FIXED += ["fixed_neuron", "scale_currents", "recipe", "optimizer", "dvs_split", "bin_by", "classes"]
+FORMAT = "MP-Init + TrSG checkpoint 2"
 
 
-def decide(s, given):
-    """Fill in, in place, what depends on other settings. UserError for a flag that they leave without effect."""
-    if "image_size" in given and s["dataset"] not in ("shapes", "folder", "imagenet"):
-        raise UserError(f"--image-size is for shapes, folder and imagenet: {s['dataset']} has its own size, leave the flag out")
-    if given.get("augment") == "trivial" and s["dataset"] in data.SENSORS:
-        raise UserError(f"--augment trivial is for images: leave it out with {s['dataset']}")
-    if "dvs_split" in given and s["dataset"] not in ("cifar10-dvs", "shapes-dvs"):
-        raise UserError(f"--dvs-split is for cifar10-dvs and shapes-dvs: leave it out with {s['dataset']}")
-    if "bin_by" in given and s["dataset"] not in data.SENSORS:
-        raise UserError(f"--bin-by is for recordings of events: leave it out with {s['dataset']}")
-    if "neuron_rate" in given and s["fixed_neuron"]:
-        raise UserError("--fixed-neuron trains no thresholds: leave --neuron-rate out")
-    recipe = SPIKFORMER_RECIPE if s["arch"] == "spikformer" else RESNET_RECIPE
-    for name, value in recipe.items():
-        s[name] = value if s[name] is None else s[name]
-    on_cuda = s["device"].startswith("cuda")
-    if s["sync_bn"] and not on_cuda:
-        raise UserError("--sync-bn works on GPUs only: leave it out")
-    s["amp"] = on_cuda if s["amp"] is None else s["amp"]
-    s["image_size"] = s["image_size"] or (224 if s["dataset"] == "imagenet" else 32)
+# ---- The command line ---------------------------------------------------------------------------
 
 
-def open_run(s, given):
-    """The folder of the run and, when resuming, its checkpoint and settings. Refuses to overwrite another run."""
-    if s["resume"] and (s["resume"] != "auto" or (pathlib.Path(s["out"]) / "last.pt").exists()):
-        out = pathlib.Path(s["out"] if s["resume"] == "auto" else s["resume"])
-        if out.is_file():
-            raise UserError(f"{out} is a file: --resume needs the folder of the run, {out.parent}")
-        checkpoint = load_checkpoint(out / "last.pt")
-        if "settings" not in checkpoint:
-            raise UserError(f"{out / 'last.pt'} holds a folded network, which is for evaluation: resume a run that train.py wrote")
-        for name in FIXED:
-            if name in given and given[name] != checkpoint["settings"].get(name):
-                raise UserError(f"the run in {out} has --{name.replace('_', '-')} {checkpoint['settings'].get(name)}, not {given[name]}: "
-                                "leave the flag out, or start a new run")
-        changed = {k: v for k, v in given.items() if checkpoint["settings"].get(k) != v and k not in ("out", "resume")}
-        return out, checkpoint, {**s, **checkpoint["settings"], "device": s["device"], **given}, changed
-    name = f"{s['dataset']}-{s['arch']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    out = pathlib.Path(s["out"] or pathlib.Path("runs") / name)
-    if not s["resume"] and (found := [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]):
-        raise UserError(f"{out} holds a run already ({', '.join(found)}): add --resume auto to go on with it, or give another --out")
-    return out, None, s, {}
+def number(kind, low, high=math.inf, above=False):
+    """A type for argparse: a number of kind int or float, at least (or above) low, below high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < high or (above and value == low):
+            limit = f"{'above' if above else 'at least'} {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limit} and below {high}")
+        return value
+
+    # argparse names it where the text is no number at all.
+    parse.__name__ = kind.__name__
+    return parse
 
 
-def make_optimizer(model, s):
-    """Weights decay; biases, BatchNorm, thresholds and time constants do not, and the last two have a rate of their own."""
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learnt if p.dim() > 1], "weight_decay": s["weight_decay"], "rate": 1.0},
-              {"params": [p for p in learnt if p.dim() == 1], "weight_decay": 0.0, "rate": 1.0},
-              {"params": [p for p in learnt if p.dim() == 0], "weight_decay": 0.0, "rate": s["neuron_rate"]}]
-    groups = [group for group in groups if group["params"]]      # there is no third with --fixed-neuron
-    if s["optimizer"] == "adamw":
-        return torch.optim.AdamW(groups, lr=s["lr"], fused=True)
-    return torch.optim.SGD(groups, lr=s["lr"], momentum=0.9, nesterov=True, fused=True)
+def path(text):
+    """A type for argparse: the name of a file or folder, ~ being the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("a name is needed")
+    return os.path.expanduser(text)
 
 
-def learning_rate(step, steps, s):
-    warmup = s["warmup"] * steps
-    if step < warmup:
-        return s["lr"] * (step + 1) / math.ceil(warmup)
-    return s["lr"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+count = number(int, 1)
+count_or_0 = number(int, 0)
+positive = number(float, 0, above=True)
+not_negative = number(float, 0)
+share = number(float, 0, 1)
 
 
-def loss_of(model, x, y, s, key):
-    """Cross-entropy on the mean of the logits over T, with mixup if asked for; and how many predictions are right."""
-    mixed, weight = x, 1.0
-    if s["mixup"]:
-        weight = float(np.random.default_rng(key).beta(s["mixup"], s["mixup"]))
-        mixed = weight * x + (1 - weight) * x.flip(0)
+# The docstring as it stands, and the default behind each flag's explanation.
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    # Flags without a default below are absent unless given.
+    absent = {"argument_default": argparse.SUPPRESS}
+
+    add = parser.add_argument_group("network", **absent).add_argument
+    add("--arch", choices=models.ARCHS, default="resnet19", help="network")
+    add("--timesteps", type=count, default=4, help="T: steps of an image, frames of a recording")
+    add("--width", type=count, default=64, help="channels of the stem; 64 as published, 8: laptop")
+    add("--threshold", type=positive, default=1.0, help="initial threshold theta")
+    add("--tau", type=number(float, 1, above=True), default=2.0, help="initial tau, in time steps")
+    # Whose mean potential to start at: of neurons that fired (the paper), of all, or 0.
+    starts = ("active", "all", "off")
+    add("--mp-init", choices=starts, default="active", help="mean over which neurons to start at")
+    forms = ("trsg", "absolute")
+    add("--surrogate", choices=forms, default="trsg", help="TrSG, or a window of fixed width")
+    add("--fixed-neuron", action="store_true", default=False, help="do not train the neurons")
+    add("--scale-currents", action="store_true", default=False, help="BatchNorm starts at theta")
+
+    add = parser.add_argument_group("data", **absent).add_argument
+    add("--dataset", choices=data.DATASETS, default="cifar100", help="data set, see data.py")
+    add("--data-dir", type=path, default="data", help="where data sets are; for 'folder' the tree")
+    add("--image-size", type=count, help="of shapes and folder (default: 32), imagenet (224)")
+    # Recordings 0-99 of each class, or a random tenth.
+    splits = ("first100", "random")
+    add("--dvs-split", choices=splits, default="first100", help="test set of cifar10-dvs")
+    add("--bin-by", choices=("count", "time"), default="count", help="frames: equal count or time")
+    add("--classes", type=number(int, 2), metavar="N", help="use the first N classes only")
+    add("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
+    add("--cutout", type=count_or_0, default=0, help="side of a square to blank, in pixels")
+    add("--workers", type=count_or_0, default=2, help="processes that decode images")
+
+    about = "What is not given is the recipe's, and printed at the start."
+    add = parser.add_argument_group("recipe", about, **absent).add_argument
+    add("--recipe", choices=RECIPES, help="default: fast for shapes, spikformer for it, else paper")
+    add("--epochs", type=count, help="passes over the training set")
+    add("--batch-size", type=count, help="images a step, of all processes together")
+    add("--accumulate", type=count, default=1, help="compute a step in so many parts, for memory")
+    add("--optimizer", choices=("sgd", "nesterov", "adamw"), help="SGD has momentum 0.9")
+    add("--lr", type=positive, help="peak learning rate, from which a cosine falls to 0")
+    add("--warmup", type=share, help="the warm-up's part of the run")
+    add("--neuron-rate", type=not_negative, help="learning rate of the neurons, as a part of --lr")
+    add("--weight-decay", type=not_negative, help="weight decay")
+    add("--decayed", choices=("all", "weights"), help="what decays: all parameters, or weights")
+    add("--start", choices=("published", "kaiming"), help="how weights start, see models.build")
+    add("--label-smoothing", type=share, help="label smoothing")
+    add("--mixup", type=not_negative, help="alpha of mixup's Beta distribution, 0 for none")
+    add("--augment", choices=("plain", "trivial"), help="shifts and flips, or TrivialAugment too")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
+
+    add = parser.add_argument_group("machine and run", **absent).add_argument
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=gpu, help="cpu, cuda or cuda:N")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on GPUs with it)")
+    fused = ("network", "neurons", "off")
+    add("--compile", choices=fused, help="what to fuse (default: network on CUDA, else neurons)")
+    add("--no-compile", dest="compile", action="store_const", const="off", help="--compile off")
+    add("--deterministic", action="store_true", default=False, help="repeatable on CUDA, slower")
+    add("--out", type=path, metavar="DIR", help="log and checkpoints (default: a folder in runs/)")
+    add("--resume", type=path, metavar="DIR", help="go on with a run; auto: that in --out, if any")
+    add("--save-every", type=positive, default=10.0, metavar="MINUTES", help="within epochs too")
+    return parser
+
+
+def parse(argv=None):
+    """The command line as (settings, given): a value for every flag, and the flags really given."""
+    # Read twice, because a run that goes on keeps its own settings but for the flags really given.
+    parser = make_parser()
+    settings = vars(parser.parse_args(argv))
+    # argparse fills in a default only where the namespace has no value: None marks those.
+    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))
+    given = {name: value for name, value in vars(marked).items() if value is not None}
+    if settings.get("resume") == "auto" and "out" not in settings:
+        parser.error("--resume auto needs --out DIR")
+    if settings.get("resume", "auto") != "auto" and "out" in settings:
+        parser.error("--resume DIR goes on in that folder: leave --out out")
+    return settings, given
+
+
+def with_recipe(settings):
+    """A namespace with every setting: what is missing is the recipe's, or follows from others."""
+    missing = dict.fromkeys(["recipe", "image_size", "classes", "limit", "amp", "compile"])
+    args = argparse.Namespace(**{**missing, **settings})
+    # Drawn shapes are for first tries, which have to be short.
+    if args.recipe is None:
+        args.recipe = "fast" if args.dataset.startswith("shapes") else "paper"
+        if args.arch == "spikformer":
+            args.recipe = "spikformer"
+    for name, values in RECIPE.items():
+        vars(args).setdefault(name, values[RECIPES.index(args.recipe)])
+    if args.image_size is None:
+        args.image_size = 224 if args.dataset == "imagenet" else 32
+    return args
+
+
+def open_run(settings, given):
+    """(folder of the run, its checkpoint or None, args). Never overwrites another run."""
+    resume = settings.get("resume")
+    # A command with --resume auto can be repeated as it stands, by a batch system for example.
+    if resume == "auto":
+        resume = settings["out"] if os.path.exists(f"{settings['out']}/last.pt") else None
+    if resume is None:
+        args = with_recipe(settings)
+        # Two runs started in the same second differ by the number of their process.
+        name = f"{args.dataset}-{args.arch}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        out = pathlib.Path(settings.get("out", f"runs/{name}"))
+        present = [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]
+        if present and "resume" not in settings:
+            advice = "add --resume auto to go on with it, or give another --out"
+            raise UserError(f"{out} holds a run ({', '.join(present)}): {advice}")
+        return out, None, args
+    out = pathlib.Path(resume)
+    checkpoint = load_checkpoint(out / "last.pt")
+    if checkpoint.get("folded"):
+        raise UserError(f"{out}/last.pt is a folded network, which is for evaluation only")
+    # Settings of the run, then what this command line changes.
+    old = checkpoint["settings"]
+    for name in FIXED:
+        if name in given and given[name] != old[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"the run in {out} has {flag} {old[name]}, not {given[name]}")
+    return out, checkpoint, with_recipe({**old, "device": settings["device"], **given})
+
+
+# ---- The machine --------------------------------------------------------------------------------
+
+
+def use_device(name):
+    """The torch.device of that name, as the one to compute on. UserError where it is unusable."""
     try:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=s["amp"]):
-            logits = model(mixed)
-    except ValueError as error:                                  # BatchNorm with a single value a channel
-        raise UserError(f"the network cannot learn from such batches: {data.first_line(error)}; try a larger --batch-size or --image-size") from error
+        device = torch.device(name)
+        # A device may exist and be unusable: another program holds it, or a driver is missing.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    if device.type == "cpu" and sys.platform == "linux":
+        # Keep the memory of freed tensors for the next ones: the C library would give large
+        # blocks back to the system at once and get them anew page by page, a tenth to a half of
+        # a training step. M_TRIM_THRESHOLD: give nothing back. M_MMAP_MAX: no mappings.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
+        mallopt(-1, -1)
+        mallopt(-4, 0)
+    return device
+
+
+def set_precision(args, device):
+    """Decide on bfloat16, and on what the libraries of a GPU may do for speed."""
+    if args.amp is None:
+        on_cuda = device.type == "cuda"
+        args.amp = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+        if on_cuda and not args.amp:
+            print("This GPU does not compute in bfloat16: float32 it is (--amp forces it).")
+    # TF32 where bfloat16 is off.
+    torch.set_float32_matmul_precision("high")
+    # Try out algorithms and keep the fastest: another one another time, with other rounding.
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def compile_network(model, x, amp):
+    """Fuse the whole network. Where that fails say so and leave it to the neurons to be fused."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # fullgraph: a part that cannot be compiled is an error, not a slow run.
+    models.compile_model(model, fullgraph=True)
+    try:
+        # A trial step compiles forward and backward. What it changes is put back below.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            model(x).float().sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        model._compiled_call_impl = None
+        print(f"The network cannot be compiled here, only its neurons are: {first_line(error)}")
+    # The running means and statistics as they were.
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before, strict=False)
+
+
+class Processes:
+    """This process among those that torchrun started. Alone (world 1) the methods do nothing, and
+    a reader with one GPU may skip them."""
+
+    def __init__(self, device):
+        self.world = int(os.environ.get("WORLD_SIZE") or 1)
+        self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
+        if self.world == 1:
+            self.device = use_device(device)
+            return
+        if device.startswith("cuda:"):
+            raise UserError(f"--device {device}: each process takes a GPU of its own, give cuda")
+        on_cuda = device == "cuda"
+        self.device = use_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device)
+        # Gloo for what lies on the CPU: votes need not wait for the GPU. An hour, because one
+        # process may have to prepare the data while the others wait.
+        backends = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        hour, device_id = datetime.timedelta(hours=1), self.device if on_cuda else None
+        dist.init_process_group(backends, timeout=hour, device_id=device_id)
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def from_first(self, function):
+        """What function() returns in the first process, in all of them: the others read no file,
+        which they may not have."""
+        answer = [function() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        return answer[0]
+
+    def prepare(self, function):
+        """function() in one process of each machine first: the others find its files written."""
+        waits = self.world > 1 and os.environ["LOCAL_RANK"] != "0"
+        if waits:
+            dist.barrier()
+        result = function()
+        if self.world > 1 and not waits:
+            dist.barrier()
+        return result
+
+    def agree(self, due, *values):
+        """The largest of each value over all processes, which then act after the same step. due:
+        whether they are asked now; if not, all values are 0."""
+        if self.world == 1:
+            return values
+        # A vote costs a round over the network, so it is not taken at every step.
+        if not due:
+            return [0] * len(values)
+        votes = torch.tensor([int(value) for value in values])
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return votes.tolist()
+
+    def gather(self, totals):
+        """Add all processes' totals up in the first one, in place."""
+        if self.world > 1:
+            dist.all_reduce(totals)
+            totals *= self.rank == 0
+
+    def equalise(self, model, totals):
+        """Give all processes the totals and buffers of the first: BatchNorm's statistics are each
+        process's own, and the network that is evaluated has to be the one that is saved."""
+        if self.world > 1:
+            for tensor in (totals, *model.buffers()):
+                dist.broadcast(tensor, 0)
+
+    def leave(self, code):
+        """End the program, all processes together."""
+        if self.world > 1:
+            # Nobody leaves while another still waits for its answer.
+            dist.barrier()
+            dist.destroy_process_group()
+            leave_at_once(code)
+        sys.exit(code)
+
+
+def leave_at_once(code):
+    """End this process of several here and now: the threads of a process group may outlive the
+    interpreter, and crash it."""
+    data.kill_workers()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ---- Checkpoints and evaluation: a checkpoint is a network on disk -------------------------------
+
+
+def load_checkpoint(file):
+    """A checkpoint as train.py wrote it, on the CPU: plain data and tensors, nothing that could
+    run code. UserError for any other file."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # zipfile, pickle and torch have a dozen exceptions for bad files.
+        advice = "it may be truncated, or no checkpoint of train.py"
+        raise UserError(f"{file} cannot be read, {advice}: {first_line(error)}") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{file} is no checkpoint of train.py ('format' is not {FORMAT!r})")
+    return checkpoint
+
+
+def build_network(checkpoint):
+    """The network in a checkpoint, in evaluation mode."""
+    model = models.build(**checkpoint["network"])
+    # A folded network has other layers: fold first, then fill in.
+    if checkpoint.get("folded"):
+        model = models.fold(model)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def check_classes(checkpoint, dataset, data_dir):
+    """UserError unless the data set has the very classes that the network was trained on."""
+    name, classes = checkpoint["data"]["name"], checkpoint["data"]["names"]
+    if classes != dataset.classes:
+        counts = f"{len(dataset.classes)} classes, not the {len(classes)} trained on"
+        raise UserError(f"{name} in {data_dir} has other classes: {counts}, or of other names")
+
+
+@torch.no_grad()
+def evaluate(model, batches, amp=False):
+    """Accuracy on batches (x, y); y = -1 is padding. Of what all processes see together.
+
+    Returns a dict: top1_at, a list of the fraction right when read out after t = 1 ... T steps
+    (mean of the logits so far); top1 = top1_at[-1]; top5; images. Waits for the device once.
+    """
+    # Counted on the device: [right after t = 1 ... T, among the best five, images].
+    training, totals = model.training, 0
+    model.eval()
+    for x, y in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            logits = model(x)
+        # [T, B, classes]. The largest of a mean is the largest of the sum.
+        so_far = logits.float().cumsum(0)
+        right = (so_far.argmax(2) == y).sum(1)
+        best5 = so_far[-1].topk(min(5, logits.shape[2])).indices
+        among5 = (best5 == y[:, None]).sum()
+        images = (y >= 0).sum()
+        totals = totals + torch.cat([right, among5[None], images[None]])
+    model.train(training)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals)
+    # Processes see different images, and padding counts for none.
+    *right, among5, images = totals.tolist()
+    top1_at = [n / images for n in right]
+    return {"top1_at": top1_at, "top1": top1_at[-1], "top5": among5 / images, "images": images}
+
+
+# ---- One step -----------------------------------------------------------------------------------
+
+
+def make_optimizer(model, args):
+    """The optimizer, with three groups of parameters, told apart by their dimensions."""
+    # Not learnt are thresholds and time constants with --fixed-neuron: the third group is empty.
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    # Thresholds and time constants are 0-d, biases and BatchNorm 1-d.
+    kinds = [[p for p in learnt if min(p.dim(), 2) == dim] for dim in (2, 1, 0)]
+    rates = 1.0, 1.0, args.neuron_rate
+    decay = args.weight_decay
+    decays = (decay, decay, decay) if args.decayed == "all" else (decay, 0.0, 0.0)
+    groups = [dict(params=p, rate=r, weight_decay=d) for p, r, d in zip(kinds, rates, decays)]
+    groups = [group for group in groups if group["params"]]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    nesterov = args.optimizer == "nesterov"
+    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=nesterov, fused=True)
+
+
+def learning_rate(step, steps, args):
+    """Linear warm-up to args.lr, then a cosine to 0. steps: of the whole run."""
+    warmup = args.warmup * steps
+    if step < warmup:
+        return args.lr * (step + 1) / math.ceil(warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def score(logits, y, weight, label_smoothing):
+    """The loss, cross-entropy on the mean of the logits over T, and sums [loss, right, images].
+
+    weight: mixup's share of each image; the rest is the image at the other end of the batch.
+    """
     logits = logits.float().mean(0)
-    loss = weight * F.cross_entropy(logits, y, label_smoothing=s["label_smoothing"])
-    if s["mixup"]:
-        loss = loss + (1 - weight) * F.cross_entropy(logits, y.flip(0), label_smoothing=s["label_smoothing"])
-    return loss, (logits.argmax(1) == y).sum()
+    loss = weight * F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    if weight < 1:
+        other = F.cross_entropy(logits, y.flip(0), label_smoothing=label_smoothing)
+        loss = loss + (1 - weight) * other
+    right = (logits.argmax(1) == y).sum().float()
+    images = torch.full_like(right, len(y))
+    return loss, torch.stack([loss.detach() * images, right, images])
+
+
+def train_step(model, scoring, optimizer, scaler, x, y, args, key):
+    """One step of the optimizer. Returns the sums of score, without waiting for them."""
+    optimizer.zero_grad(set_to_none=True)
+    # All parts' gradients add up, then follows one step.
+    counted = 0
+    parts = zip(x.chunk(args.accumulate), y.chunk(args.accumulate))
+    for part, (x_part, y_part) in enumerate(parts):
+        weight = 1.0
+        if args.mixup:
+            # Drawn from seed, epoch, step and part alone: a resumed run draws the same.
+            weight = float(np.random.default_rng((*key, part)).beta(args.mixup, args.mixup))
+            x_part = weight * x_part + (1 - weight) * x_part.flip(0)
+        context = contextlib.nullcontext()
+        if isinstance(model, DistributedDataParallel) and part < args.accumulate - 1:
+            # Gradients are summed over the processes after the last part only.
+            context = model.no_sync()
+        with context:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+                logits = model(x_part)
+            loss, sums = scoring(logits, y_part, weight, args.label_smoothing)
+            scaler.scale(loss / args.accumulate).backward()
+        counted = counted + sums
+    # Skips the step where a gradient is not finite.
+    scaler.step(optimizer)
+    scaler.update()
+    return counted
 
 
 def first_bad_layer(model, x):
-    """The name of the first layer, in the order of computation, whose weights or output are not finite."""
+    """The first layer, in the order of computation, whose weights or output are not finite."""
+    # Hooks are called in the order of computation.
     found = []
 
-    def look(name):
-        def hook(module, inputs, output):
-            tensors = (output, *module.parameters(recurse=False), *module.buffers(recurse=False))
-            if not found and not all(t.isfinite().all() for t in tensors):
-                found.append(f"{name} ({type(module).__name__})")
-        return hook
-    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if not list(m.children())]
+    def check(name, layer, output):
+        tensors = output, *layer.parameters(recurse=False), *layer.buffers(recurse=False)
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            found.append(f"{name} ({type(layer).__name__})")
+
+    leaves = [(name, layer) for name, layer in model.named_modules() if not list(layer.children())]
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, output, name=name: check(name, layer, output))
+        for name, layer in leaves
+    ]
     with torch.no_grad():
-        model.forward(x)                                         # not model(x): that may be compiled, without the hooks
+        # Not model(x): that may be compiled, without the hooks.
+        model.forward(x)
     for hook in hooks:
         hook.remove()
-    return found[0] if found else "none: the loss itself overflows"
+    return found[0] if found else "none, the loss itself overflows"
 
 
-def write_log(path, rows):
-    """Write rows, dicts of the same keys, as a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    data.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+def stop_if_bad(totals, scaler, model, x, where):
+    """UserError where the loss or a gradient was not finite. Waits for the device."""
+    if not totals[0].isfinite() or scaler.get_scale() != 1:
+        layer = first_bad_layer(model, x)
+        raise UserError(
+            f"the loss or a gradient became NaN or infinite {where}; first layer with such values: "
+            f"{layer}; last.pt, if there is one, holds the last good state; try a lower --lr"
+        )
+
+
+# ---- The run ------------------------------------------------------------------------------------
+
+
+def make_dataset(args, procs):
+    """The data set on the device. Sets args.batch_size where the recipe leaves it open."""
+    how = args.image_size, args.workers, args.timesteps, args.dvs_split, args.bin_by
+    dataset = procs.prepare(lambda: data.load(args.dataset, args.data_dir, *how))
+    if args.classes:
+        dataset.keep_classes(args.classes)
+    if args.limit:
+        dataset.limit(args.limit)
+    images, parts = len(dataset), procs.world * args.accumulate
+    # Small sets take small batches, for the sake of enough steps.
+    if args.batch_size is None:
+        args.batch_size = 64
+        if images < 20000:
+            args.batch_size = 32 if images >= 5000 else 16
+    if args.batch_size % parts or args.batch_size > images:
+        raise UserError(
+            f"--batch-size {args.batch_size} must divide by {procs.world} processes x --accumulate "
+            f"{args.accumulate}, and be at most the {images} training images"
+        )
+    # Frames of events are counts, for which TrivialAugment has no meaning.
+    if args.cutout and isinstance(dataset, data.Streamed):
+        raise UserError(f"--cutout is for images of up to {data.RESIDENT_UP_TO} pixels")
+    dataset.cutout = args.cutout
+    dataset.augment = args.augment == "trivial" and not dataset.frames
+    return dataset.to(procs.device)
+
+
+def make_model(args, dataset, device):
+    """(description, network): models.build(**description) has the network's shape."""
+    description = dict(arch=args.arch, num_classes=len(dataset.classes), width=args.width)
+    description.update(timesteps=args.timesteps, in_channels=dataset.channels)
+    description.update(threshold=args.threshold, tau=args.tau, learnable=not args.fixed_neuron)
+    description.update(mp_init=args.mp_init, surrogate=args.surrogate)
+    try:
+        model = models.build(**description, start=args.start)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if args.scale_currents:
+        models.scale_currents(model, args.threshold)
+    return description, model.to(device, memory_format=data.memory_format(device))
+
+
+def describe_data(args, dataset):
+    """All that eval.py needs to load the same test set, normalised alike."""
+    about = dict(name=args.dataset, names=dataset.classes, mean=dataset.mean, std=dataset.std)
+    about.update(image_size=args.image_size, classes=args.classes)
+    about.update(dvs_split=args.dvs_split, bin_by=args.bin_by)
+    return about
+
+
+def start_or_resume(model, checkpoint, args, procs):
+    """(optimizer, scaler, progress, totals) of a new run, or with weights from a checkpoint."""
+    optimizer = make_optimizer(model, args)
+    # The scaler multiplies by 1: it is here because it skips a step whose gradients are not
+    # finite, on the device and without waiting for it: the weights survive a divergence.
+    scaler = torch.amp.GradScaler(procs.device.type, init_scale=1.0, growth_interval=2**30)
+    # Where the run is: in this epoch (from 0), after this step.
+    progress = types.SimpleNamespace(epoch=0, step=0, best=0.0, rows=[], seconds=0.0)
+    # Of this epoch: loss times images, right answers, images.
+    totals = torch.zeros(3, device=procs.device)
+    if checkpoint is None:
+        return optimizer, scaler, progress, totals
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    # In the memory format that weights have here: channels_last on a GPU and not on a CPU.
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and name != "step":
+                state[name] = torch.empty_like(parameter).copy_(value)
+    # The optimizer's state holds the rates of the run so far, the command line those from now on.
+    for group, fresh in zip(optimizer.param_groups, make_optimizer(model, args).param_groups):
+        group.update(weight_decay=fresh["weight_decay"], rate=fresh["rate"])
+    vars(progress).update({name: checkpoint[name] for name in vars(progress)})
+    # The sums of all processes: one of them goes on with them.
+    if procs.rank == 0:
+        totals += checkpoint["totals"].to(procs.device)
+    return optimizer, scaler, progress, totals
+
+
+def make_fast(model, dataset, args, procs):
+    """Fuse what --compile says and join the processes: (what to train, what computes its loss)."""
+    on_cuda = procs.device.type == "cuda"
+    fused = args.compile or ("network" if on_cuda else "neurons")
+    neuron.COMPILE = fused != "off"
+    scoring = score
+    if fused == "network":
+        # On a GPU the launches of augmentation and loss count, too.
+        dataset.fused = on_cuda
+        scoring = torch.compile(score) if on_cuda else score
+        batches = dataset.train(args.batch_size, args.seed, 0, 0, procs.rank, procs.world)
+        x, _ = next(iter(batches))
+        compile_network(model, x.chunk(args.accumulate)[0], args.amp)
+    if procs.world == 1:
+        return model, scoring
+    devices = [procs.device.index] if on_cuda else None
+    # Each process keeps BatchNorm statistics of its own until evaluation.
+    how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=devices, **how), scoring
+
+
+def claim(out, goes_on):
+    """Create the run's folder and log. Of two runs started at once the second fails here."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        open(out / "log.csv", "a" if goes_on else "x").close()
+    except OSError as error:
+        raise UserError(f"cannot write a run into {out}: {error.strerror}") from error
+
+
+def describe(args, dataset, model, out, procs):
+    """What is printed at the start: all that determines the result."""
+    parameters = sum(p.numel() for p in model.parameters())
+    layers = sum(isinstance(layer, neuron.TrLIF) for layer in model.modules())
+    drawn = " (drawn: a smoke test, no benchmark)" if args.dataset.startswith("shapes") else ""
+    procs.say(
+        f"{args.arch}: {parameters:,d} parameters, {layers} neuron layers; {args.dataset}{drawn}: "
+        f"{len(dataset):,d} training images, {len(dataset.classes)} classes"
+    )
+    values = {name: vars(args)[name] for name in RECIPE}
+    procs.say(f"recipe {args.recipe}: " + ", ".join(f"{name} {v}" for name, v in values.items()))
+    others = {name: v for name, v in sorted(vars(args).items()) if name not in RECIPE}
+    procs.say("settings: " + ", ".join(f"{name} {value}" for name, value in others.items()))
+    procs.say(f"{procs.world} x {procs.device}, torch {torch.__version__}, writing to {out}")
 
 
 def duration(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
 
 
-class Interrupt:
-    """Remembers SIGTERM and SIGINT, so that the training loop can finish its step and save."""
+def log_row(epoch, rate, sums, test, images_per_s, seconds, split):
+    """A row of log.csv: {column: text}."""
+    loss, right, images = sums
+    row = dict(epoch=epoch, lr=f"{rate:.6g}", train_loss=f"{loss / images:.5f}")
+    row["train_acc"] = f"{right / images:.5f}"
+    for t, accuracy in enumerate(test["top1_at"], 1):
+        row[f"test_acc_t{t}"] = f"{accuracy:.5f}"
+    row["images_per_s"], row["seconds"] = f"{images_per_s:.1f}", f"{seconds:.1f}"
+    if split:
+        row["split"] = split
+    return row
 
-    def __init__(self):
-        self.signal = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
 
-    def note(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:  # asked twice: leave at once. Batch systems send SIGTERM twice
-            sys.exit(128 + number)
-        self.signal = number
+def write_log(file, rows):
+    """Write rows, dicts of the same keys, as a CSV file."""
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    text = "".join(",".join(map(str, line)) + "\r\n" for line in lines)
+    data.write_atomically(file, lambda f: f.write(text.encode()))
+
+
+def save(file, description, progress, weights, **more):
+    """Write a checkpoint: what the run is, where it is, weights, and what more is given."""
+    checkpoint = {**description, **vars(progress), "model": weights, **more}
+    data.write_atomically(file, lambda f: torch.save(checkpoint, f))
 
 
 def main(argv=None):
-    s, given = settings(argv)
-    out, checkpoint, s, changed = open_run(s, given)
-    decide(s, given)
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
-    say = print if rank == 0 else lambda *_, **__: None
-    if world > 1 and (missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)):
-        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set: start with torchrun, or unset WORLD_SIZE")
-    several_gpus = world > 1 and s["device"].startswith("cuda")
-    device = data.use_device(f"cuda:{os.environ['LOCAL_RANK']}" if several_gpus else s["device"])
-    torch.manual_seed(s["seed"])
-    torch.set_float32_matmul_precision("high")                   # TF32 where bfloat16 is off
-    torch.backends.cudnn.benchmark = True
+    settings, given = parse(argv)
+    procs = Processes(settings["device"])
+    device, rank, world, say = procs.device, procs.rank, procs.world, procs.say
+    out, checkpoint, args = procs.from_first(lambda: open_run(settings, given))
+    set_precision(args, device)
+    torch.manual_seed(args.seed)
 
-    if world > 1:
-        # An hour, because the first process may have to prepare the data while the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
-        if rank > 0:
-            dist.barrier()                                       # the first process downloads or prepares the data alone
-    dataset = data.load(s["dataset"], s["data_dir"], s["image_size"], s["workers"], s["timesteps"], s["dvs_split"], s["bin_by"])
-    if world > 1 and rank == 0:
-        dist.barrier()
-    if s["classes"]:
-        dataset.keep_classes(s["classes"])
-    if s["limit"]:
-        if s["limit"] > len(dataset):
-            raise UserError(f"--limit {s['limit']} is more than the {len(dataset)} training images of {s['dataset']}")
-        dataset.limit(s["limit"])
-    s["batch_size"] = s["batch_size"] or (64 if len(dataset) >= 20000 else 32 if len(dataset) >= 5000 else 16)
-    if s["batch_size"] % (world * s["accumulate"]):
-        raise UserError(f"--batch-size {s['batch_size']} does not divide by {world} processes x --accumulate {s['accumulate']}")
-    steps = len(dataset) // s["batch_size"]
-    if steps == 0:
-        raise UserError(f"--batch-size {s['batch_size']} is larger than the data set of {len(dataset)} training images")
-    if s["cutout"] and isinstance(dataset, data.Streamed):
-        raise UserError(f"--cutout is for images of up to {data.RESIDENT_UP_TO} pixels: leave it out")
-    dataset.cutout, dataset.augment = s["cutout"], s["augment"] == "trivial" and not dataset.frames
-    dataset.to(device)
-
-    network = dict(arch=s["arch"], num_classes=len(dataset.classes), timesteps=s["timesteps"], in_channels=dataset.channels,
-                   width=s["width"], threshold=s["threshold"], tau=s["tau"], mp_init=s["mp_init"],
-                   surrogate=s["surrogate"], learnable=not s["fixed_neuron"])
-    try:
-        model = models.build(**network)
-        if s["scale_currents"]:
-            models.scale_currents(model, s["threshold"])
-        if s["near_identity"]:
-            models.start_near_identity(model)
-        model.to(device, memory_format=data.memory_format(device))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    optimizer = make_optimizer(model, s)
-    # The scaler multiplies by 1: it is here because it skips a step whose gradients are not finite, on the device and
-    # without waiting for it, so that the weights survive a divergence.
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2 ** 30)
-    epoch, step, best, rows, spent = 0, 0, 0.0, [], 0.0
-    totals = torch.zeros(3, device=device)                       # of this epoch: loss, right, images
+    dataset = make_dataset(args, procs)
+    # Full batches only.
+    steps = len(dataset) // args.batch_size
+    network, model = make_model(args, dataset, device)
+    optimizer, scaler, progress, totals = start_or_resume(model, checkpoint, args, procs)
+    # The batch size of a run may change: its place in the epoch stays.
     if checkpoint:
-        check_classes(checkpoint, dataset, s["data_dir"])
-        try:
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{out / 'last.pt'} does not fit these settings: {data.first_line(error)}") from error
-        for parameter, state in optimizer.state.items():         # channels_last on a GPU, and not on a CPU: as the weights here
-            state.update({k: torch.empty_like(parameter).copy_(v) for k, v in state.items() if k != "step" and v is not None})
-        for group, fresh in zip(optimizer.param_groups, make_optimizer(model, s).param_groups):
-            group.update(weight_decay=fresh["weight_decay"], rate=fresh["rate"])              # a flag given anew counts
-        scaler.load_state_dict(checkpoint["scaler"])
-        epoch, step, best, rows, spent = (checkpoint[k] for k in ("epoch", "step", "best", "rows", "seconds"))
-        totals = checkpoint["totals"].to(device) * (rank == 0)
-        step = min(step * checkpoint["settings"]["batch_size"] // s["batch_size"], steps)
-    neuron.COMPILE = s["compile"] is not False
-    trained = model
-    if s["sync_bn"]:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if s["compile"] or (s["compile"] is None and device.type == "cuda"):
-        models.compile_model(model)
-    if world > 1:
-        trained = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    held = data.lock(out, wait=False) if rank == 0 else None     # noqa: F841 (the lock lives as long as the name)
+        check_classes(checkpoint, dataset, args.data_dir)
+        done = progress.step * checkpoint["settings"]["batch_size"]
+        progress.step = min(done // args.batch_size, steps)
+    procs.from_first(lambda: claim(out, goes_on="resume" in settings))
+    describe(args, dataset, model, out, procs)
+    trained, scoring = make_fast(model, dataset, args, procs)
+    about = describe_data(args, dataset)
+    description = dict(format=FORMAT, network=network, settings=vars(args), data=about)
 
-    say(f"network   {s['arch']}, width {s['width']}, T = {s['timesteps']}, {sum(p.numel() for p in model.parameters()):,d} parameters, "
-        f"{sum(isinstance(m, neuron.TrLIF) for m in model.modules())} neuron layers: theta {s['threshold']:g}, tau {s['tau']:g}"
-        f"{' (fixed)' if s['fixed_neuron'] else ''}, MP-Init {s['mp_init']}, surrogate {s['surrogate']}{', currents scaled' * s['scale_currents']}{', blocks near the identity' * s['near_identity']}")
-    say(f"data      {s['dataset']}, {len(dataset):,d} training images of {dataset.size[0]}x{dataset.size[1]}, {len(dataset.classes)} classes"
-        + (f", {dataset.frames} frames each by {s['bin_by']}, split {dataset.split}" if dataset.frames else "")
-        + ("  (drawn shapes: a smoke test, no benchmark)" if s["dataset"].startswith("shapes") else ""))
-    say(f"recipe    {s['epochs']} epochs of {steps} steps of {s['batch_size']}, {s['optimizer']}, lr {s['lr']:g}, warm-up {100 * s['warmup']:.0f} %, "
-        f"cosine to 0, {s['neuron_rate']:g} of it for the neurons, weight decay {s['weight_decay']:g}, label smoothing {s['label_smoothing']:g}, mixup {s['mixup']:g}, cutout {s['cutout']}, augmentation {s['augment']}, seed {s['seed']}")
-    say(f"machine   {world} x {device}, {'bfloat16' if s['amp'] else 'float32'}, writing to {out}")
-    if checkpoint:
-        say(f"resumed   at epoch {epoch + 1}, step {step}" + "".join(f"; --{k.replace('_', '-')} is now {v}" for k, v in changed.items()))
+    # Signals only leave a note, and the loop finishes its step. Asked twice from the keyboard, it
+    # ends at once.
+    signals = [0]
 
-    def save(name):
-        state = dict(format=FORMAT, network=network, model=model.state_dict(), settings=s, epoch=epoch, step=step, best=best,
-                     rows=rows, seconds=spent + time.perf_counter() - start, totals=totals, optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict(), data=dict(name=s["dataset"], mean=dataset.mean, std=dataset.std, image_size=s["image_size"],
-                               dvs_split=s["dvs_split"], bin_by=s["bin_by"], classes=s["classes"], names=list(dataset.classes)))
-        data.write_atomically(out / name, lambda file: torch.save(state, file))
+    def note(signal_number, frame):
+        signals.append(signal_number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def time_left():
-        done = epoch * steps + step
-        return duration((time.perf_counter() - start) * (s["epochs"] * steps - done) / max(done - done_before, 1))
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    start = time.perf_counter() - progress.seconds
+    saved = printed = time.perf_counter()
+    evaluation_seconds = 0.0
 
-    def stop_if_bad(x):                                          # several processes: all of them after the same step
-        if not math.isfinite(totals[0].item()) or scaler.get_scale() != 1:
-            layer = first_bad_layer(model, x)
-            kept = f"{out / 'last.pt'} holds the last good state" if (out / "last.pt").exists() else "nothing was saved yet"
-            raise UserError(f"the loss or a gradient became NaN or infinite in epoch {epoch + 1}, by step {step}, learning rate "
-                            f"{rate:.3g}; first layer with such values: {layer}; {kept}; try a lower --lr")
+    def save_last(weights):
+        progress.seconds = time.perf_counter() - start
+        if rank == 0:
+            states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            save(out / "last.pt", description, progress, weights, totals=totals, **states)
 
-    interrupt, start = Interrupt(), time.perf_counter()
-    saved, printed = start, start
-    done_before = epoch * steps + step
-    while epoch < s["epochs"]:
+    def time_left(seconds_a_step):
+        epochs = args.epochs - progress.epoch
+        steps_left = epochs * steps - progress.step
+        return duration(steps_left * seconds_a_step + epochs * evaluation_seconds) + " left"
+
+    while progress.epoch < args.epochs:
         model.train()
-        epoch_start, first_step = time.perf_counter(), step
-        x, rate = None, learning_rate(epoch * steps + steps - 1, s["epochs"] * steps, s)     # if only the evaluation is left
-        for x, y in dataset.train(s["batch_size"], s["seed"], epoch, step, rank, world):
-            rate = learning_rate(epoch * steps + step, s["epochs"] * steps, s)
+        # The clock of this epoch: time since, and step it started from.
+        first_step = timed_from = progress.step
+        clock = time.perf_counter()
+        epoch = args.seed, progress.epoch
+        for x, y in dataset.train(args.batch_size, *epoch, first_step, rank, world):
+            # The learning rate of this step; neurons have a part of it.
+            rate = learning_rate(progress.epoch * steps + progress.step, args.epochs * steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            optimizer.zero_grad(set_to_none=True)
-            for i, (xs, ys) in enumerate(zip(x.chunk(s["accumulate"]), y.chunk(s["accumulate"]))):
-                last = i == s["accumulate"] - 1
-                with contextlib.nullcontext() if last or world == 1 else trained.no_sync():
-                    loss, right = loss_of(trained, xs, ys, s, (s["seed"], epoch, step, i))
-                    scaler.scale(loss / s["accumulate"]).backward()
-                totals += torch.stack([loss.detach() * len(ys), right.float(), torch.full_like(loss.detach(), len(ys))])
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
+            # Forward, backward, update.
+            key = *epoch, progress.step
+            totals += train_step(trained, scoring, optimizer, scaler, x, y, args, key)
+            progress.step += 1
+
+            # The one place that decides: print, save, stop.
             now = time.perf_counter()
-            if now - printed > 10:                               # the only time the host waits for the device in an epoch
+            last = progress.step == steps
+            if progress.step == first_step + 1 and not last:
+                # Rates leave out an epoch's first step, which may have compiled something.
+                timed_from, clock = progress.step, now
+            print_due = now - printed > 10 and progress.step > timed_from
+            save_due = now - saved > 60 * args.save_every
+            ask = last or progress.step % 10 == 0
+            print_due, save_due, stop = procs.agree(ask, print_due, save_due, signals[-1])
+            if print_due or save_due or stop or last:
+                # Only here does the host wait for the device.
+                where = f"by step {progress.step} of epoch {progress.epoch + 1}, rate {rate:.3g}"
+                stop_if_bad(totals, scaler, model, x, where)
+            if print_due:
                 printed = now
-                if world == 1:
-                    stop_if_bad(x)
-                say(f"  epoch {epoch + 1}/{s['epochs']}, step {step}/{steps}: loss {totals[0] / totals[2]:.3f}, accuracy {100 * totals[1] / totals[2]:.1f} %, "
-                    f"{(step - first_step) * s['batch_size'] / (now - epoch_start):.0f} images/s, {time_left()} left", flush=True)
-            stopping, due = interrupt.signal, now - saved > 60 * s["save_every"]
-            if world > 1:                                        # all processes have to stop, and to save, after the same step
-                if step % 10 and step < steps:
-                    continue
-                dist.all_reduce(agreed := torch.tensor([stopping or 0, due], device=device), dist.ReduceOp.MAX)
-                stopping, due = agreed.tolist()
-            if world > 1 or stopping or due:
-                stop_if_bad(x)
-            if stopping or due:
-                if world > 1:                                    # the checkpoint holds the sums of all, for one to go on with
-                    dist.all_reduce(totals)
-                    totals *= rank == 0
-                if rank == 0:
-                    save("last.pt")
+                seconds_a_step = (now - clock) / (progress.step - timed_from)
+                loss, right, images = totals.tolist()
+                say(
+                    f"  epoch {progress.epoch + 1}/{args.epochs}, step {progress.step}/{steps}: "
+                    f"loss {loss / images:.3f}, accuracy {100 * right / images:.1f} %, "
+                    f"{args.batch_size / seconds_a_step:.0f} images/s, {time_left(seconds_a_step)}"
+                )
+            if save_due or stop:
+                # The checkpoint holds the sums of all processes, for one to go on with.
+                procs.gather(totals)
+                save_last(model.state_dict())
                 saved = time.perf_counter()
-                if stopping:
-                    say(f"stopped by {signal.Signals(stopping).name} in epoch {epoch + 1} after step {step}: go on with --resume {out}")
-                    sys.exit(128 + stopping)
-        stop_if_bad(x)
-        if world > 1:
-            dist.all_reduce(totals)
-            for buffer in model.buffers():                       # BatchNorm's statistics are each process's own: evaluate
-                dist.broadcast(buffer, 0)                        # the network that is saved
-        train_seconds = time.perf_counter() - epoch_start
-        loss, right, images = totals.tolist()
-        test = evaluate(model, dataset.test(s["batch_size"] // world, rank, world), s["amp"])
-        rows.append(dict(epoch=epoch + 1, lr=f"{rate:.6g}", train_loss=f"{loss / images:.5f}", train_acc=f"{right / images:.5f}",
-                         **{f"test_acc_t{t}": f"{a:.5f}" for t, a in enumerate(test["top1_at"], 1)},
-                         images_per_s=f"{(steps - first_step) * s['batch_size'] / train_seconds:.1f}",
-                         seconds=f"{spent + time.perf_counter() - start:.1f}", **({"split": dataset.split} if dataset.split else {})))
-        epoch, step, better = epoch + 1, 0, test["top1"] > best
-        best = max(best, test["top1"])
-        totals.zero_()
-        if rank == 0:
-            write_log(out / "log.csv", rows)
-            if better:
-                save("best.pt")
-            save("last.pt")
+            if stop:
+                name = signal.Signals(stop).name
+                say(f"stopped by {name} {where}: go on with --resume {out}")
+                procs.leave(128 + stop)
+
+        # The epoch's end. Save before the evaluation, which may fail on what it reads.
+        procs.gather(totals)
+        procs.equalise(model, totals)
+        sums = totals.tolist()
+        timed_seconds = time.perf_counter() - clock
+        seconds_a_step = timed_seconds / max(steps - timed_from, 1)
+        images_per_s = args.batch_size * (steps - timed_from) / timed_seconds
+        # One copy from the device serves both checkpoints.
+        weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        save_last(weights)
         saved = time.perf_counter()
-        say(f"epoch {epoch}/{s['epochs']}: loss {loss / images:.4f}, accuracy {100 * right / images:.2f} %, test {100 * test['top1']:.2f} % "
-            f"({', '.join(f't={t} {100 * a:.2f}' for t, a in enumerate(test['top1_at'], 1))}), {rows[-1]['images_per_s']} images/s, "
-            f"{time_left()} left", flush=True)
-    say(f"done: {s['arch']} on {s['dataset']}, T = {s['timesteps']}: test accuracy {100 * float(rows[-1]['test_acc_t' + str(s['timesteps'])]):.2f} %, best {100 * best:.2f} %, "
-        f"{duration(spent + time.perf_counter() - start)}, {out}")
-    if world > 1:
-        dist.barrier()
-        del trained                                              # its threads must have ended before the program does
-        dist.destroy_process_group()
+        # Accuracy on the test set, each process evaluating its part.
+        test_batches = dataset.test(args.batch_size // world, rank, world)
+        test = evaluate(model, test_batches, args.amp)
+        evaluation_seconds = time.perf_counter() - saved
+        # A row of the log, and the best network so far.
+        rate = learning_rate((progress.epoch + 1) * steps - 1, args.epochs * steps, args)
+        times = images_per_s, time.perf_counter() - start
+        row = log_row(progress.epoch + 1, rate, sums, test, *times, dataset.split)
+        progress.rows.append(row)
+        better = test["top1"] > progress.best
+        progress.best = max(progress.best, test["top1"])
+        if rank == 0:
+            write_log(out / "log.csv", progress.rows)
+            if better:
+                save(out / "best.pt", description, progress, weights)
+        # The next epoch.
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        totals.zero_()
+        cells = ", ".join(f"{name} {value}" for name, value in row.items())
+        say(f"{cells}; {time_left(seconds_a_step)}")
+    say(f"done: best test accuracy {100 * progress.best:.2f} %, {out}")
+    procs.leave(0)
+
+
+def run(main, program):
+    """Call main(). What the user can mend becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # Whatever the terminal's encoding is, printing never ends a run.
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+        return
+    except (UserError, OSError) as error:
+        # OSError: a name too long, a folder without access.
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and "can't allocate memory" not in str(error):
+            raise
+        message = f"out of memory, try a smaller --batch-size: {first_line(error)}"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    print(f"{program}: error: {message}", file=sys.stderr)
+    if dist.is_initialized():
+        leave_at_once(2)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
