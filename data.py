@@ -93,6 +93,8 @@ class Resident:
         self.size = tuple(shape[3:] if self.frames else shape[1:3])
         self.pad = self.size[0] // 8 if pad is None else pad
         self.flip, self.cutout, self.augment = flip, 0, False
+        # Whether cropping and normalising are compiled: on a GPU a dozen launches become two.
+        self.fused = False
         self.sets = {}
         for part, (images, labels) in {"train": train, "test": test}.items():
             images = torch.from_numpy(np.ascontiguousarray(images))
@@ -132,46 +134,54 @@ class Resident:
                       for value in (self.mean, self.std)]
         return self
 
-    def normalise(self, x):
-        """uint8 [B, H, W, C] -> float32 [B, C, H, W], of events [B, T, 2, H, W]."""
+    def crop(self, images, chosen, shift, mirror):
+        """The chosen images, uint8 [B, H, W, C], each shifted [B, 2] and mirrored [B]."""
+        (H, W), pad = self.size, self.pad
+        rows, columns = (torch.arange(n, device=images.device) for n in (H, W))
+        # The row and column that each pixel comes from, [B, H] and [B, W], counted in images with
+        # zeros around them.
+        r = rows + shift[:, :1] + pad
+        c = torch.where(mirror[:, None], columns.flip(0), columns) + shift[:, 1:] + pad
+        padded = F.pad(images[chosen], (0, 0, pad, pad, pad, pad))
+        image = torch.arange(len(chosen), device=images.device)[:, None, None]
+        return padded[image, r[:, :, None], c[:, None, :]]
+
+    def normalise(self, x, centre=None):
+        """uint8 [B, H, W, C] -> float32 [B, C, H, W], of events [B, T, 2, H, W]. centre [B, 2], in
+        0..1: where a square of the side self.cutout is set to the mean."""
         mean, std = self.scale
         x = ((x.float() - mean) / std).permute(0, 3, 1, 2)
+        if centre is not None:
+            # The square may lie partly outside.
+            rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in self.size)
+            far_y = (rows - centre[:, :1] * len(rows)).abs() > self.cutout / 2
+            far_x = (columns - centre[:, 1:] * len(columns)).abs() > self.cutout / 2
+            x = x * (far_y[:, :, None] | far_x[:, None, :])[:, None]
         x = x.contiguous(memory_format=memory_format(x.device))
         return x.unflatten(1, (self.frames, 2)) if self.frames else x
 
     def train(self, batch_size, seed, epoch, start=0, rank=0, world=1):
         """Shuffled, augmented full batches (x, y) from the start-th on; a rank's part of each."""
         images, labels = self.sets["train"]
-        device, (H, W), pad = images.device, self.size, self.pad
-        # Drawn on the CPU, so that it is the same on every device.
-        order = torch.randperm(len(self), generator=draws("cpu", seed, epoch)).to(device)
-        rows, columns = torch.arange(H, device=device), torch.arange(W, device=device)
-        for step in range(start, len(self) // batch_size):
-            # Drawn for the whole batch, then cut to this process's part: an image is treated
-            # alike however many processes there are.
-            how = dict(generator=draws(device, seed, epoch, step), device=device)
-            part = slice(rank, None, world)
-            shift = torch.randint(-pad, pad + 1, (batch_size, 2), **how)[part]
-            mirror = (torch.rand(batch_size, **how) < 0.5)[part, None] & self.flip
-            centre = torch.rand(batch_size, 2, **how)[part]
-            chosen = order[step * batch_size:(step + 1) * batch_size][part]
-            # The row and column that each pixel comes from, [B, H] and [B, W], counted in images
-            # with zeros around them.
-            r = rows + shift[:, :1] + pad
-            c = torch.where(mirror, columns.flip(0), columns) + shift[:, 1:] + pad
-            padded = F.pad(images[chosen], (0, 0, pad, pad, pad, pad))
-            image = torch.arange(len(chosen), device=device)[:, None, None]
-            x = padded[image, r[:, :, None], c[:, None, :]]
+        n, device = len(self), images.device
+        crop, normalise = self.crop, self.normalise
+        if self.fused:
+            crop, normalise = torch.compile(crop), torch.compile(normalise)
+        # Drawn for the whole epoch by place in it: an image is treated alike however many
+        # processes there are and wherever a run goes on. The order is drawn on the CPU, so that
+        # it is the same on every device.
+        order = torch.randperm(n, generator=draws("cpu", seed, epoch)).to(device)
+        how = dict(generator=draws(device, seed, epoch), device=device)
+        shift = torch.randint(-self.pad, self.pad + 1, (n, 2), **how)
+        mirror = (torch.rand(n, **how) < 0.5) & self.flip
+        centre = torch.rand(n, 2, **how)
+        for step in range(start, n // batch_size):
+            part = slice(step * batch_size + rank, (step + 1) * batch_size, world)
+            chosen = order[part]
+            x = crop(images, chosen, shift[part], mirror[part])
             if self.augment:
                 x = trivial_augment(x, batch_size, rank, world, (seed, epoch, step))
-            x = self.normalise(x)
-            if self.cutout:
-                # After normalising, as 0 is the mean there. The square may lie partly outside.
-                far_y = (rows + 0.5 - centre[:, :1] * H).abs() > self.cutout / 2
-                far_x = (columns + 0.5 - centre[:, 1:] * W).abs() > self.cutout / 2
-                outside = far_y[:, :, None] | far_x[:, None, :]
-                x = x * outside.view(-1, *[1] * (x.dim() - 3), H, W)
-            yield x, labels[chosen]
+            yield normalise(x, centre[part] if self.cutout else None), labels[chosen]
 
     def test(self, batch_size, rank=0, world=1):
         """All test images in order; rank of world gets every world-th."""

@@ -256,7 +256,7 @@ def inspect(path, checkpoint, model, dataset, batch_size, images=None, amp=False
     study.title = f"{path}: {network['arch']}, width {network['width']}, T = {T}, "
     study.title += f"{checkpoint['data']['name']}, {images:,d} test images, "
     study.title += f"top-1 {percent(result['top1'])}"
-    # Of a folded network more, where weights are kept apart for each source.
+    # A folded network has more where sources keep weights of their own.
     study.parameters = sum(p.numel() for p in model.parameters())
     study.neurons = neurons_of(model)
     # Run on for 4 T steps, or longer where a leak is slow: until (1 - k)^steps, what is left of the
@@ -298,6 +298,7 @@ def table(header, rows):
 
 
 def percent(value):
+    # Of a share from 0 to 1.
     return f"{100 * value:.2f} %"
 
 
@@ -357,6 +358,7 @@ def report(study):
     accuracy = []
     for start, run in study.runs.items():
         accuracy.append([start, *(percent(share) for share in run.top1_at[:study.T])])
+    # Totals over the layers.
     acs, macs, dense = (sum(row[key] for row in study.operations)
                         for key in ("acs", "macs", "dense"))
     return f"""# {study.title}
@@ -467,6 +469,7 @@ def plot(study, path):
     plt, names = pyplot(), list(study.neurons)
     figure, axes = plt.subplots(3, 4, figsize=(20, 13))
     figure.suptitle(study.title, fontsize=13)
+    # From dark to light as time passes.
     colours = [plt.cm.viridis(t / max(study.T, 2)) for t in range(study.T)]
     draw_curves(*axes[0, :3], study, colours)
     draw_energy(axes[0, 3], study)
@@ -477,7 +480,7 @@ def plot(study, path):
         panel.set_xticks(range(0, len(labels), every), labels[::every], rotation=90, fontsize=7)
     # One column a layer; above with MP-Init, below without.
     for column in range(4):
-        # From the first layer to the last one.
+        # The first layer, the last, and two in between.
         i = round(column * (len(names) - 1) / 3)
         for panel, (start, run) in zip(axes[1:, column], study.runs.items()):
             labels = [f"t = {t + 1}, distance {run.shift[i, t]:.3f}" for t in range(study.T)]
@@ -596,11 +599,11 @@ def draw_windows(panel):
             inside = torch.autograd.grad(o.sum(), current)[0][0] > 0
             seen = h[inside].detach()
             panel.fill_between(seen, row + top - 0.13, row + top, color=colour, lw=0)
-            label = f"{name}: {len(seen) / len(h):.0%} inside"
+            label = f"{name}: {100 * len(seen) / len(h):.0f} %"
             panel.text(6.2, row + top - 0.12, label, color=colour, fontsize=8)
     title = "TrSG: the window scales with the threshold"
-    describe(panel, title, "membrane potential before firing (grey: its law)", None)
-    panel.set(yticks=[], xticks=range(-4, 9, 2), xlim=(-4, 11.4), ylim=(-0.4, 2.8))
+    describe(panel, title, "membrane potential before firing (%: share in the window)", None)
+    panel.set(yticks=[], xticks=range(-4, 9, 2), xlim=(-4, 10.4), ylim=(-0.4, 2.8))
 
 
 def draw_gradients(panel):
@@ -611,6 +614,7 @@ def draw_gradients(panel):
         panel.loglog(thetas, norms, "o-", color=colour, label=label)
     title = "... so that gradients keep their size"
     describe(panel, title, "threshold (currents scale with it)", "gradient norm, first layer of 17")
+    # Ticks at the thresholds themselves, no powers of ten between.
     panel.minorticks_off()
     panel.set_xticks(thetas, thetas)
     panel.legend()
@@ -640,7 +644,7 @@ def picture(path):
 def layer_times(neurons, T, device, dtype):
     # Forward + backward of one layer in ms: plain, fused, and the floor that memory sets.
     x = torch.randn(T, neurons, device=device, dtype=dtype, requires_grad=True)
-    # The gradient that arrives from the next layer: spikes' is in their dtype.
+    # The gradient that would arrive from the next layer, in the dtype of the spikes.
     gradient, copied, layer = torch.randn_like(x), torch.empty_like(x), TrLIF().to(device)
 
     def step():
@@ -664,6 +668,7 @@ def layer_times(neurons, T, device, dtype):
 
 def speed(device, T=4):
     # Print the time of one layer, plain and fused, beside the time its memory traffic takes.
+    # What training computes in.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, T = {T}")

@@ -71,7 +71,8 @@ def input_current(stem, x, timesteps):
 
 
 class Add(nn.Module):
-    """Adds the spikes y of a layer to a residual stream x."""
+    """Adds the spikes y of a layer to a residual stream x. A module, so that `fold` can put
+    another one in its place."""
 
     def forward(self, x, y):
         return x + y
@@ -82,10 +83,10 @@ class Add(nn.Module):
 class Block(nn.Module):
     """conv-BN-LIF-conv-BN, plus the shortcut, LIF."""
 
-    def __init__(self, c_in, c_out, stride, neuron):
+    def __init__(self, c_in, c_out, stride, lif_options):
         super().__init__()
-        self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**neuron)
-        self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**neuron)
+        self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**lif_options)
+        self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**lif_options)
         # An empty Sequential is the identity. Where the shape changes a 1x1 convolution adapts it.
         same_shape = stride == 1 and c_in == c_out
         self.shortcut = nn.Sequential() if same_shape else conv_bn(c_in, c_out, 1, stride)
@@ -99,13 +100,13 @@ class Block(nn.Module):
 class SEWBlock(nn.Module):
     """conv-BN-LIF-conv-BN-LIF, plus the shortcut, which fires too where it is a convolution."""
 
-    def __init__(self, c_in, c_out, stride, neuron):
+    def __init__(self, c_in, c_out, stride, lif_options):
         super().__init__()
-        self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**neuron)
-        self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**neuron)
+        self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**lif_options)
+        self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**lif_options)
         self.shortcut, self.lif_shortcut = None, None
         if stride != 1 or c_in != c_out:
-            self.shortcut, self.lif_shortcut = conv_bn(c_in, c_out, 1, stride), TrLIF(**neuron)
+            self.shortcut, self.lif_shortcut = conv_bn(c_in, c_out, 1, stride), TrLIF(**lif_options)
         self.join = Add()
 
     def forward(self, x, T):
@@ -120,21 +121,21 @@ class SEWBlock(nn.Module):
 class ResNet(nn.Module):
     """stages: (channels, blocks, stride) each. imagenet: 7x7 stem of stride 2 and max-pooling."""
 
-    def __init__(self, block, stages, num_classes, timesteps, in_channels, width, neuron,
-                 imagenet=False):
+    def __init__(self, block, stages, num_classes, timesteps, in_channels, width,
+                 lif_options, imagenet=False):
         super().__init__()
         self.timesteps = timesteps
         # 224 pixels are many: the stem and the pooling behind it leave a sixteenth of them.
         kernel, stride = (7, 2) if imagenet else (3, 1)
         self.stem = conv_bn(in_channels, width, kernel, stride)
-        self.lif = TrLIF(**neuron)
+        self.lif = TrLIF(**lif_options)
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
         self.blocks = nn.ModuleList()
         c_in = width
         for c_out, blocks, stride in stages:
             for i in range(blocks):
                 # The first block of a stage makes the images smaller.
-                self.blocks.append(block(c_in, c_out, stride if i == 0 else 1, neuron))
+                self.blocks.append(block(c_in, c_out, stride if i == 0 else 1, lif_options))
                 c_in = c_out
         self.head = nn.Linear(c_in, num_classes)
 
@@ -151,15 +152,27 @@ class ResNet(nn.Module):
 
 # ---- Spikformer ---------------------------------------------------------------------------------
 
+class LinearLIF(nn.Module):
+    """linear-BN-LIF on tokens: [T*B, N, C_in] -> [T*B, N, C_out]."""
+
+    def __init__(self, c_in, c_out, lif_options):
+        super().__init__()
+        self.linear, self.lif = linear_bn(c_in, c_out), TrLIF(**lif_options)
+
+    def forward(self, x, T):
+        return fire(self.lif, self.linear(x), T)
+
+
 class SpikingSelfAttention(nn.Module):
     """Attention between spikes, without a softmax: LIF(q k^T v / 8). x [T*B, N tokens, D]."""
 
-    def __init__(self, dim, heads, neuron):
+    def __init__(self, dim, heads, lif_options):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.out = (LinearLIF(dim, dim, neuron) for _ in range(4))
+        self.q, self.k, self.v, self.out = (LinearLIF(dim, dim, lif_options) for _ in range(4))
         # Half as high a threshold behind the product, as in the publication.
-        self.lif = TrLIF(**{**neuron, "threshold": 0.5 * neuron.get("threshold", 1.0)})
+        half = 0.5 * lif_options.get("threshold", 1.0)
+        self.lif = TrLIF(**{**lif_options, "threshold": half})
 
     def split_heads(self, spikes):
         """[T*B, N, D] -> [T*B, heads, N, D / heads]."""
@@ -167,40 +180,31 @@ class SpikingSelfAttention(nn.Module):
 
     def forward(self, x, T):
         q, k, v = (self.split_heads(layer(x, T)) for layer in (self.q, self.k, self.v))
-        # (q k^T) v = q (k^T v) without a softmax, and this never forms the N x N matrix.
+        # (q k^T) v = q (k^T v) without a softmax, and this never forms the N x N matrix. The
+        # scale is 1 / 8 as published, whatever the width of a head.
         y = q @ (k.transpose(2, 3) @ v) * 0.125
         return self.out(fire(self.lif, y.transpose(1, 2).flatten(2), T), T)
-
-
-class LinearLIF(nn.Module):
-    """linear-BN-LIF on tokens: [T*B, N, C_in] -> [T*B, N, C_out]."""
-
-    def __init__(self, c_in, c_out, neuron):
-        super().__init__()
-        self.linear, self.lif = linear_bn(c_in, c_out), TrLIF(**neuron)
-
-    def forward(self, x, T):
-        return fire(self.lif, self.linear(x), T)
 
 
 class Spikformer(nn.Module):
     """Patch splitting to tokens of 6 * width channels, then blocks of attention and MLP."""
 
-    def __init__(self, num_classes, timesteps, in_channels, width, neuron, depth=4, heads=12):
+    def __init__(self, num_classes, timesteps, in_channels, width, lif_options, depth=4,
+                 heads=12):
         super().__init__()
         self.timesteps = timesteps
         dim = 6 * width
         channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
         self.patches = nn.ModuleList(conv_bn(a, b, 3) for a, b in zip(channels, channels[1:]))
         # A neuron layer behind each of the five convolutions.
-        self.lifs = nn.ModuleList(TrLIF(**neuron) for _ in self.patches)
+        self.lifs = nn.ModuleList(TrLIF(**lif_options) for _ in self.patches)
         # The third and fourth stage halve the side: 32x32 pixels become 8x8 tokens.
         pools = [nn.Identity(), nn.Identity(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)]
         self.pools = nn.ModuleList(pools)
-        self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, neuron)
+        self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, lif_options)
                                        for _ in range(depth))
-        self.mlp = nn.ModuleList(nn.ModuleList([LinearLIF(dim, 4 * dim, neuron),
-                                                LinearLIF(4 * dim, dim, neuron)])
+        self.mlp = nn.ModuleList(nn.ModuleList([LinearLIF(dim, 4 * dim, lif_options),
+                                                LinearLIF(4 * dim, dim, lif_options)])
                                  for _ in range(depth))
         self.join = Add()
         self.head = nn.Linear(dim, num_classes)
@@ -213,8 +217,8 @@ class Spikformer(nn.Module):
         x = input_current(self.patches[0], x, self.timesteps)
         T = x.shape[0]
         x = self.pools[0](self.lifs[0](x).flatten(0, 1))
-        for patch, lif, pool in zip(self.patches[1:4], self.lifs[1:4], self.pools[1:]):
-            x = pool(fire(lif, patch(x), T))
+        for i in (1, 2, 3):
+            x = self.pools[i](fire(self.lifs[i], self.patches[i](x), T))
         # The fifth convolution tells each token its place.
         x = self.join(self.tokens(x), self.tokens(fire(self.lifs[4], self.patches[4](x), T)))
         # [T*B, N tokens, D]. Attention, then two layers on each token, beside the stream.
@@ -227,7 +231,7 @@ class Spikformer(nn.Module):
 # ---- Building -----------------------------------------------------------------------------------
 
 def build(arch, num_classes, timesteps, in_channels=3, width=64, start="published",
-          **neuron_options):
+          **lif_options):
     """Build a network.
 
     arch            one of ARCHS
@@ -238,7 +242,7 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
     start           how weights start. "published": PyTorch's own way; in the ImageNet resnets
                     kaiming_normal (fan_out) and a head of normal(0, 0.01), as published.
                     "kaiming": kaiming_normal (fan_out) in every convolution
-    neuron_options  handed to every TrLIF: threshold, tau, mp_init, surrogate, momentum, learnable
+    lif_options     handed to every TrLIF: threshold, tau, mp_init, surrogate, momentum, learnable
 
     forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for
     what it cannot build.
@@ -248,14 +252,14 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
     if min(num_classes, timesteps, in_channels, width) < 1:
         raise ValueError(f"num_classes {num_classes}, timesteps {timesteps}, in_channels "
                          f"{in_channels} and width {width} must be at least 1")
-    # Widths as published, for width = 64.
-    common = num_classes, timesteps, in_channels, width, neuron_options
+    common = num_classes, timesteps, in_channels, width, lif_options
     if arch == "spikformer":
         if width % 4:
             raise ValueError(f"spikformer's width must be a multiple of 4, not {width}: 12 heads "
                              "share 6 * width channels, the first convolution has an eighth")
         model = Spikformer(*common)
     elif arch == "resnet19":
+        # 128, 256 and 512 channels, for width = 64.
         model = ResNet(Block, [(2 * width, 3, 1), (4 * width, 3, 2), (8 * width, 2, 2)], *common)
     else:
         block = SEWBlock if arch.startswith("sew") else Block
@@ -280,9 +284,9 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
 def scale_currents(model, threshold):
     """Multiply every BatchNorm's weight, 1 at the start, by theta, in place (as tdBN, Zheng 2021).
 
-    Currents then have deviation theta at the start: another initial threshold is a mere change
-    of units, which TrSG does not notice, since each BatchNorm divides by the theta that the layer
-    before emits. Not so in spikformer's attention, where three spikes are multiplied.
+    With currents scaled by theta, the initial theta is only a unit: the next BatchNorm divides
+    it out, and TrSG's gradients do not depend on it. Not so in spikformer's attention, where
+    three spikes are multiplied.
     """
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -354,9 +358,10 @@ def synapses(model):
 
 
 def pooling(model):
-    """[(neuron layer, the pooling through which its spikes leave)]."""
+    """[(neuron layer, the pooling through which its spikes leave)], for counting what arrives."""
     if isinstance(model, Spikformer):
-        return list(zip(model.lifs, model.pools))
+        # The fifth layer has none.
+        return list(zip(model.lifs[:4], model.pools))
     return [(model.lif, model.pool)]
 
 
@@ -388,6 +393,7 @@ def with_weights(linear, weight, bias):
     else:
         new = nn.Conv2d(weight.shape[1], weight.shape[0], linear.kernel_size, linear.stride,
                         linear.padding)
+    # A copy of its own, not a view of the old weights.
     new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     new.bias = nn.Parameter(bias.clone())
     return new
@@ -413,8 +419,9 @@ def fold(model):
     every neuron layer emits 0 or 1, its threshold only deciding when, and the weights behind it
     take theta. BatchNorm, a fixed scale and shift here, goes into the weights before it. Where
     a residual stream adds spikes of different thetas, which no common weight can absorb, the
-    spikes of each source stay apart and meet weights of their own: more memory, but no more
-    operations. The head reads means over places: 1 / places counts as part of its weights.
+    spikes of each source stay apart and meet weights of their own: more memory, but as many
+    spikes, each meeting one weight a connection. The head reads means over places: 1 / places
+    counts as part of its weights.
     """
     model = copy.deepcopy(model).eval()
     # Weights first: they need the thresholds as they were.

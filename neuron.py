@@ -22,15 +22,16 @@ TrSG (threshold-robust surrogate gradient). The step in "fire" has derivative 0 
     the 1 / theta of dr/dh, and no theta is left in do/dh. See `Emit`.
 MP-Init (membrane potential initialisation). A potential that starts at v[0] = 0 has another
     distribution in the first time steps than in later ones ("temporal covariate shift"), and one
-    BatchNorm has to serve them all. It forgets its start, though, and settles into a stationary
-    law. MP-Init starts near the mean of that law: at a running mean of the potentials after
-    the last step, taken over the neurons that fired. See `mean_potential` and `TrLIF.forward`.
+    BatchNorm has to serve them all. The potential forgets its start, though, and settles into
+    one distribution. MP-Init starts near its mean: v[0] = mu, and mu <- (1 - beta) mu + beta m
+    after each batch in training, m being the mean of v[T] over the neurons that fired. The
+    layer keeps mu as `v_init`. See `mean_potential` and `TrLIF.forward`.
 
 Source: Kook, Yu, Oh, Park, "Stabilizing Direct Training of Spiking Neural Networks: Membrane
 Potential Initialization and Threshold-robust Surrogate Gradient", WACV 2026, arXiv:2511.08708.
 
 This file imports nothing of the project. Its first part is the method, its second part (from
-"Speed" on) only makes it fast: set COMPILE to False and you may delete that part.
+"Speed" on) only saves time and memory: in a copy, set COMPILE to False and you may delete it.
 """
 import functools
 import math
@@ -48,7 +49,8 @@ COMPILE = True
 
 
 class Emit(torch.autograd.Function):
-    """o = theta where a neuron fires, else 0. Backward takes the surrogate derivative of s.
+    """o = theta where a neuron fires, else 0: what a spike takes from the potential, and with
+    TrSG what is emitted. Backward takes the surrogate derivative of s.
 
     s          bool, which neurons fire: h >= threshold. h, threshold and the result have its shape
     surrogate  "trsg": s as a function of r = h / theta, ds/dr = 1 where |r - 1| <= 1/2, else 0
@@ -67,7 +69,7 @@ class Emit(torch.autograd.Function):
         s, h, threshold = ctx.saved_tensors
         s = s.to(h.dtype)
         if ctx.surrogate == "trsg":
-            # Divisions are slow: fused, this one serves all time steps.
+            # 1 / threshold is the same at every step: fused, it is divided once.
             r = h * (1 / threshold)
             window = (r - 1).abs() <= 0.5
             # do/dh = theta ds/dr dr/dh = theta window / theta: no theta is left.
@@ -76,8 +78,9 @@ class Emit(torch.autograd.Function):
             do_dthreshold = s - r * window
         else:
             window = (h - threshold).abs() <= 0.5
-            # Here theta stays: through the reset, dv/dh = 1 - theta inside the window.
+            # do/dh = theta ds/dh: theta stays, and through the reset dv/dh = 1 - theta.
             do_dh = threshold * window
+            # do/dtheta = s + theta ds/dtheta = s - theta window
             do_dthreshold = s - threshold * window
         return None, gradient * do_dh, gradient * do_dthreshold, None
 
@@ -113,7 +116,7 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
         o = Emit.apply(s, h, threshold, surrogate)
         # reset    v[t] = h[t] - theta s[t]
         v = h - o
-        # The naive form emits s.
+        # The naive form takes theta from the potential, but emits s.
         emitted = o if surrogate == "trsg" else o / threshold
         spikes.append(emitted.to(x.dtype))
         fired = fired | s
@@ -125,9 +128,13 @@ def mean_potential(v, fired, v_init, mp_init, distributed):
 
     v, fired   the potential after the last step and which neurons fired, [rows, columns]
     v_init     what is returned where no neuron fired, or a potential is NaN or infinite
-    mp_init    "active": over the neurons that fired (the paper); "all": over every neuron
+    mp_init    "active": over the neurons that fired (the paper); "all": over every neuron;
+               "off": None is returned
     arXiv:2511.08708.
     """
+    if mp_init == "off":
+        return None
+    v = v.detach()
     chosen = fired.to(v.dtype) if mp_init == "active" else torch.ones_like(v)
     # Row by row first, which a GPU does in passing while it computes v.
     total_and_count = torch.stack([(v * chosen).sum(1), chosen.sum(1)]).sum(1)
@@ -141,9 +148,7 @@ def mean_potential(v, fired, v_init, mp_init, distributed):
 def lif_and_mean(x, v_init, threshold, decay, surrogate, mp_init, distributed):
     """What a layer computes: its spikes [T, ...], and m (None where mp_init is "off")."""
     spikes, v, fired = lif(x, v_init, threshold, decay, surrogate)
-    if mp_init == "off":
-        return torch.stack(spikes), None
-    v, fired = v.detach().reshape(1, -1), fired.reshape(1, -1)
+    v, fired = v.reshape(1, -1), fired.reshape(1, -1)
     return torch.stack(spikes), mean_potential(v, fired, v_init, mp_init, distributed)
 
 
@@ -163,13 +168,14 @@ class TrLIF(nn.Module):
     ("trsg"), or 0 or 1 ("absolute"). Raises TypeError for a current that is not floating point,
     ValueError for one without T and B, with T = 0, or not finite (check). arXiv:2511.08708.
 
-    Limits. Each forward in training replaces v_init, so in training a layer must not run inside
-    torch.utils.checkpoint (RuntimeError in the backward pass; fused, it keeps only its input
-    anyway), nor in nn.DataParallel or CUDA graphs captured by hand, which lose the new value.
-    With torch.distributed m is that of all processes, each of which has to make the call.
-    Second derivatives need COMPILE = False; torch.func and vmap do not work. FSDP
-    (fully_shard) takes no 0-d parameters: name raw_threshold and raw_decay in ignored_params.
-    In float32 theta is 0, and gradients NaN, where raw_threshold falls below -100.
+    Limits:
+    - Each forward in training replaces v_init. So in training no torch.utils.checkpoint around a
+      layer, which would run it again from another start (RuntimeError; fused, a layer keeps only
+      its input anyway), no nn.DataParallel and no CUDA graphs captured by hand, which lose it.
+    - With torch.distributed m is that of all processes, and each has to make the call.
+    - Second derivatives need COMPILE = False. torch.func and vmap do not work.
+    - FSDP (fully_shard) takes no 0-d parameters: list raw_threshold, raw_decay in ignored_params.
+    - In float32 the threshold's gradient is NaN where raw_threshold is below -88 (theta 1e-38).
     """
 
     def __init__(self, threshold=1.0, tau=2.0, mp_init="active", surrogate="trsg", momentum=0.1,
@@ -185,7 +191,8 @@ class TrLIF(nn.Module):
             raise ValueError(f"surrogate must be 'trsg' or 'absolute', not {surrogate!r}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be from 0 to 1, not {momentum}")
-        # Trained in raw form: softplus stays above 0, and a sigmoid between 0 and 1.
+        # Trained in raw form, by the inverses of softplus and sigmoid: theta stays above 0, and
+        # k between 0 and 1.
         raw_threshold = torch.tensor(float(threshold + math.log(-math.expm1(-threshold))))
         raw_decay = torch.tensor(-math.log(tau - 1))
         self.raw_threshold = nn.Parameter(raw_threshold, requires_grad=learnable)
@@ -221,14 +228,17 @@ class TrLIF(nn.Module):
             raise ValueError("TrLIF's input current holds NaN or infinity")
         mp_init = self.mp_init if self.training else "off"
         distributed = dist.is_available() and dist.is_initialized()
+        if mp_init != "off" and not torch.compiler.is_compiling():
+            # Not -1 inside a backward pass only: there checkpoint runs the layer again. Asked
+            # before anything is computed, since such a run is broken off as soon as possible.
+            if torch._C._current_graph_task_id() != -1:
+                raise RuntimeError("TrLIF runs again in the backward pass, where it would start "
+                                   "from another mean: no torch.utils.checkpoint in training")
         # v[0] = mu, and no gradient through mu.
         compute = fused_lif_and_mean if COMPILE else lif_and_mean
         spikes, m = compute(x, self.v_init, self.threshold, self.decay, self.surrogate, mp_init,
                             distributed)
         if m is not None:
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                raise RuntimeError("TrLIF runs again in the backward pass, where it would start "
-                                   "from another mean: no torch.utils.checkpoint in training")
             # mu <- (1 - beta) mu + beta m. A new tensor instead of one changed in place: the
             # backward pass that is still to come runs the loop again from the old value.
             self.v_init = self.v_init.to(m.dtype).lerp(m, self.momentum).to(self.v_init.dtype)
@@ -240,17 +250,17 @@ class TrLIF(nn.Module):
                 f"surrogate={self.surrogate!r}")
 
 
-# ---- Speed. Nothing below belongs to the method: it runs lif_and_mean as one fused kernel -------
+# ---- Speed and memory. Nothing below belongs to the method: lif_and_mean as one fused kernel ----
 
-# On a CPU a smaller input does not repay the compilation (some ten seconds for T = 4, once).
+# On a CPU an input of fewer elements does not repay the compilation (seconds to minutes, once).
 CPU_COMPILE_FROM = 2 ** 16
 # Compiling takes longer the longer the loop: more steps run in pieces of so many.
 STEPS_A_KERNEL = 16
-# Kinds of calls, (device, T, dtype, ...), for which compiling failed: they run unfused.
+# Variants of calls, (device, T, dtype, ...), for which compiling failed: they run unfused.
 FAILED = set()
 
 
-def loop_by_rows(x, v_init, threshold, decay, surrogate):
+def lif_recomputed(x, v_init, threshold, decay, surrogate):
     """lif for x [T, rows, columns], keeping nothing but x for the backward pass."""
     # A threshold and decay a row: their gradients, too, are summed row by row first.
     threshold, decay = threshold.expand(x.shape[1], 1), decay.expand(x.shape[1], 1)
@@ -262,12 +272,10 @@ def loop_by_rows(x, v_init, threshold, decay, surrogate):
     return torch.stack(spikes), v, fired
 
 
-def loop_and_mean(x, v_init, threshold, decay, surrogate, mp_init, distributed):
+def lif_and_mean_recomputed(x, v_init, threshold, decay, surrogate, mp_init, distributed):
     """lif_and_mean for x [T, rows, columns], in one graph, so that v[T] is never stored."""
-    spikes, v, fired = loop_by_rows(x, v_init, threshold, decay, surrogate)
-    if mp_init == "off":
-        return spikes, None
-    return spikes, mean_potential(v.detach(), fired, v_init, mp_init, distributed)
+    spikes, v, fired = lif_recomputed(x, v_init, threshold, decay, surrogate)
+    return spikes, mean_potential(v, fired, v_init, mp_init, distributed)
 
 
 def compile_options():
@@ -294,48 +302,51 @@ def compiled(function):
 
 
 def run_compiled(x, v_init, threshold, decay, surrogate, mp_init, distributed):
-    """loop_and_mean(...) as compiled kernels, in pieces where T is large."""
+    """lif_and_mean_recomputed(...) as compiled kernels, in pieces where T is large."""
     if len(x) <= STEPS_A_KERNEL:
-        return compiled(loop_and_mean)(x, v_init, threshold, decay, surrogate, mp_init,
-                                       distributed)
-    v, fired, spikes = v_init.expand(x.shape[1:]), False, []
+        function = compiled(lif_and_mean_recomputed)
+        return function(x, v_init, threshold, decay, surrogate, mp_init, distributed)
+    v, spikes = v_init.expand(x.shape[1:]), []
+    fired = torch.zeros_like(x[0], dtype=torch.bool)
+    # The potential is carried on from piece to piece, and the gradient through it back.
+    function = compiled(lif_recomputed)
     for piece in x.split(STEPS_A_KERNEL):
-        piece_spikes, v, piece_fired = compiled(loop_by_rows)(piece, v, threshold, decay, surrogate)
+        piece_spikes, v, piece_fired = function(piece, v, threshold, decay, surrogate)
         spikes.append(piece_spikes)
-        fired = piece_fired | fired
-    spikes = torch.cat(spikes)
-    if mp_init == "off":
-        return spikes, None
-    return spikes, mean_potential(v.detach(), fired, v_init, mp_init, distributed)
+        fired = fired | piece_fired
+    return torch.cat(spikes), mean_potential(v, fired, v_init, mp_init, distributed)
 
 
-def watched():
-    """Whether something records operation by operation: torch.jit.trace, make_fx, a counter."""
-    return torch.jit.is_tracing() or torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+def being_traced():
+    """Whether something follows each operation: torch.jit.trace, make_fx, torch.func, a counter."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    dispatched = torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+    return torch.jit.is_tracing() or transformed or dispatched
 
 
 def fused_lif_and_mean(x, *arguments):
     """lif_and_mean(x, *arguments), fused where that pays and is possible, else as it stands."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and (watched() or x.device.type == "cpu" and x.numel() < CPU_COMPILE_FROM):
+    small = x.device.type == "cpu" and x.numel() < CPU_COMPILE_FROM
+    if not compiling and (small or being_traced()):
         return lif_and_mean(x, *arguments)
     # Neurons do not interact, so the loop sees them as [T, rows, columns], listed as they lie in
     # memory: contiguous and channels_last inputs are both views, and all shapes share kernels.
     order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
-    listed = x.permute(0, *order)
-    if not listed[0].is_contiguous():
-        order, listed = list(range(1, x.dim())), x.contiguous()
-    # A CPU sums best in one row, a GPU needs many at a time.
+    in_memory_order = x.permute(0, *order)
+    if not in_memory_order[0].is_contiguous():
+        order, in_memory_order = list(range(1, x.dim())), x.contiguous()
+    # A CPU sums fastest in one row, a GPU needs many; columns must divide the neurons.
     neurons = x[0].numel()
     columns = max(neurons, 1) if x.device.type == "cpu" else math.gcd(neurons, 2048)
-    rows = listed.reshape(len(x), -1, columns)
+    rows = in_memory_order.reshape(len(x), -1, columns)
     if compiling:
         # A network that is compiled as a whole fuses the loop itself.
-        spikes, m = loop_and_mean(rows, *arguments)
+        spikes, m = lif_and_mean_recomputed(rows, *arguments)
     else:
         surrogate, mp_init = arguments[3:5]
-        kind = x.device.type, len(x), x.dtype, surrogate, mp_init, torch.is_grad_enabled()
-        if kind in FAILED:
+        variant = x.device.type, len(x), x.dtype, surrogate, mp_init, torch.is_grad_enabled()
+        if variant in FAILED:
             return lif_and_mean(x, *arguments)
         try:
             # _unsafe_view: torch.compile would compile anew for every kind of view.
@@ -344,13 +355,14 @@ def fused_lif_and_mean(x, *arguments):
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError, OSError) as error:
-            # An error that is not the compiler's comes again here.
+            # If the input is at fault and not the compiler, this raises the error again.
             result = lif_and_mean(x, *arguments)
-            FAILED.add(kind)
+            FAILED.add(variant)
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"neuron.py: torch.compile does not work here for T = {len(x)}, so this "
                           f"layer runs operation by operation (slower, equal up to rounding): "
                           f"{type(error).__name__}: {reason}")
             return result
+    # The inverse permutation.
     back = [1 + order.index(dim) for dim in range(1, x.dim())]
-    return spikes.reshape(listed.shape).permute(0, *back), m
+    return spikes.reshape(in_memory_order.shape).permute(0, *back), m

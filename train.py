@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 
 import numpy as np
 import torch
@@ -39,9 +40,10 @@ from data import UserError, first_line
 # paper: the authors' published code to the letter, but that the cosine falls by step, not by epoch.
 # fast: for short runs and narrow networks. A threshold gathers the gradients of a whole layer, and
 #   at the full rate of the weights narrow networks stayed at chance or diverged.
-# spikformer: as its authors train it. AdamW's steps are all of one size.
+# spikformer: as its authors train it, but for the augmentation. AdamW's steps are of one size.
 RECIPES = ("paper", "fast", "spikformer")
 RECIPE = {
+    # paper, fast, spikformer
     "epochs": (200, 100, 100),
     # None: by the size of the data set, for the sake of enough steps.
     "batch_size": (64, None, None),
@@ -60,10 +62,12 @@ RECIPE = {
     "label_smoothing": (0.0, 0.0, 0.1),
     # Alpha of mixup's Beta distribution, 0 for no mixup.
     "mixup": (0.0, 0.0, 0.5),
-    # Shifts (streamed images: random resized crops) and flips, or TrivialAugment as well.
-    "augment": ("plain", "plain", "trivial"),
+    # Shifts (streamed images: random resized crops) and flips, or TrivialAugment as well, for
+    # which torchvision lets a GPU wait several times a step.
+    "augment": ("plain", "plain", "plain"),
 }
-# What a resumed run may not change: network, data, and the optimizer, whose state goes on.
+# Settings that a resumed run may not change: its weights, its data and the state of its optimizer
+# would not fit.
 FIXED = ["dataset", "arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate"]
 FIXED += ["fixed_neuron", "scale_currents", "recipe", "optimizer", "dvs_split", "bin_by", "classes"]
 FORMAT = "MP-Init + TrSG checkpoint 2"
@@ -107,7 +111,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=Help)
     # Flags without a default below are absent unless given.
     absent = {"argument_default": argparse.SUPPRESS}
 
@@ -140,7 +144,11 @@ def make_parser():
 
     about = "What is not given is the recipe's, and printed at the start."
     add = parser.add_argument_group("recipe", about, **absent).add_argument
-    add("--recipe", choices=RECIPES, help="default: fast for shapes, spikformer for it, else paper")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="default: fast for shapes, its own for spikformer, else paper",
+    )
     add("--epochs", type=count, help="passes over the training set")
     add("--batch-size", type=count, help="images a step, of all processes together")
     add("--accumulate", type=count, default=1, help="compute a step in so many parts, for memory")
@@ -178,9 +186,10 @@ def parse(argv=None):
     # argparse fills in a default only where the namespace has no value: None marks those.
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))
     given = {name: value for name, value in vars(marked).items() if value is not None}
-    if settings.get("resume") == "auto" and "out" not in settings:
+    resume = settings.get("resume")
+    if resume == "auto" and "out" not in settings:
         parser.error("--resume auto needs --out DIR")
-    if settings.get("resume", "auto") != "auto" and "out" in settings:
+    if resume not in (None, "auto") and "out" in settings:
         parser.error("--resume DIR goes on in that folder: leave --out out")
     return settings, given
 
@@ -202,7 +211,7 @@ def with_recipe(settings):
 
 
 def open_run(settings, given):
-    """(folder of the run, its checkpoint or None, args). Never overwrites another run."""
+    """(folder of the run, its checkpoint or None, args). Replaces no run unless asked to go on."""
     resume = settings.get("resume")
     # A command with --resume auto can be repeated as it stands, by a batch system for example.
     if resume == "auto":
@@ -253,13 +262,15 @@ def use_device(name):
     return device
 
 
-def set_precision(args, device):
+def set_precision(args, device, say):
     """Decide on bfloat16, and on what the libraries of a GPU may do for speed."""
+    on_cuda = device.type == "cuda"
+    if on_cuda and torch.__version__ < (2, 13):
+        say("torch 2.13 and later move half the bytes that this version moves for the neurons.")
     if args.amp is None:
-        on_cuda = device.type == "cuda"
         args.amp = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
         if on_cuda and not args.amp:
-            print("This GPU does not compute in bfloat16: float32 it is (--amp forces it).")
+            say("This GPU does not compute in bfloat16: float32 it is (--amp forces it).")
     # TF32 where bfloat16 is off.
     torch.set_float32_matmul_precision("high")
     # Try out algorithms and keep the fastest: another one another time, with other rounding.
@@ -269,7 +280,7 @@ def set_precision(args, device):
         torch.use_deterministic_algorithms(True)
 
 
-def compile_network(model, x, amp):
+def compile_network(model, x, amp, say):
     """Fuse the whole network. Where that fails say so and leave it to the neurons to be fused."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     # fullgraph: a part that cannot be compiled is an error, not a slow run.
@@ -282,7 +293,7 @@ def compile_network(model, x, amp):
         raise
     except Exception as error:
         model._compiled_call_impl = None
-        print(f"The network cannot be compiled here, only its neurons are: {first_line(error)}")
+        say(f"The network cannot be compiled here, only its neurons are: {first_line(error)}")
     # The running means and statistics as they were.
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before, strict=False)
@@ -315,9 +326,18 @@ class Processes:
     def from_first(self, function):
         """What function() returns in the first process, in all of them: the others read no file,
         which they may not have."""
-        answer = [function() if self.rank == 0 else None]
-        if self.world > 1:
-            dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        if self.world == 1:
+            return function()
+        answer = [None]
+        if self.rank == 0:
+            try:
+                answer = [function()]
+            except UserError as error:
+                # All of them end by it.
+                answer = [error]
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        if isinstance(answer[0], UserError):
+            raise answer[0]
         return answer[0]
 
     def prepare(self, function):
@@ -349,11 +369,12 @@ class Processes:
             totals *= self.rank == 0
 
     def equalise(self, model, totals):
-        """Give all processes the totals and buffers of the first: BatchNorm's statistics are each
-        process's own, and the network that is evaluated has to be the one that is saved."""
+        """Add totals up in all processes, and give them the first one's buffers: BatchNorm's
+        statistics are each process's own, and what is evaluated has to be what is saved."""
         if self.world > 1:
-            for tensor in (totals, *model.buffers()):
-                dist.broadcast(tensor, 0)
+            dist.all_reduce(totals)
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
     def leave(self, code):
         """End the program, all processes together."""
@@ -443,15 +464,14 @@ def evaluate(model, batches, amp=False):
 
 def make_optimizer(model, args):
     """The optimizer, with three groups of parameters, told apart by their dimensions."""
-    # Not learnt are thresholds and time constants with --fixed-neuron: the third group is empty.
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    # Thresholds and time constants are 0-d, biases and BatchNorm 1-d.
-    kinds = [[p for p in learnt if min(p.dim(), 2) == dim] for dim in (2, 1, 0)]
-    rates = 1.0, 1.0, args.neuron_rate
-    decay = args.weight_decay
-    decays = (decay, decay, decay) if args.decayed == "all" else (decay, 0.0, 0.0)
-    groups = [dict(params=p, rate=r, weight_decay=d) for p, r, d in zip(kinds, rates, decays)]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    # Weights have 2 or more dimensions, biases and BatchNorm 1, thresholds and time constants 0.
+    for dims, rate in ((2, 1.0), (1, 1.0), (0, args.neuron_rate)):
+        learnt = [p for p in model.parameters() if p.requires_grad and min(p.dim(), 2) == dims]
+        decay = args.weight_decay if dims == 2 or args.decayed == "all" else 0.0
+        # With --fixed-neuron the last is empty.
+        if learnt:
+            groups.append(dict(params=learnt, rate=rate, weight_decay=decay))
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
     nesterov = args.optimizer == "nesterov"
@@ -493,11 +513,10 @@ def train_step(model, scoring, optimizer, scaler, x, y, args, key):
             # Drawn from seed, epoch, step and part alone: a resumed run draws the same.
             weight = float(np.random.default_rng((*key, part)).beta(args.mixup, args.mixup))
             x_part = weight * x_part + (1 - weight) * x_part.flip(0)
-        context = contextlib.nullcontext()
-        if isinstance(model, DistributedDataParallel) and part < args.accumulate - 1:
-            # Gradients are summed over the processes after the last part only.
-            context = model.no_sync()
-        with context:
+        # Gradients are summed over the processes after the last part only.
+        last = part == args.accumulate - 1
+        waits = isinstance(model, DistributedDataParallel) and not last
+        with model.no_sync() if waits else contextlib.nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(x_part)
             loss, sums = scoring(logits, y_part, weight, args.label_smoothing)
@@ -534,6 +553,7 @@ def first_bad_layer(model, x):
 
 def stop_if_bad(totals, scaler, model, x, where):
     """UserError where the loss or a gradient was not finite. Waits for the device."""
+    # The scaler skips a step with bad gradients, and then halves its scale, 1 until there.
     if not totals[0].isfinite() or scaler.get_scale() != 1:
         layer = first_bad_layer(model, x)
         raise UserError(
@@ -573,18 +593,18 @@ def make_dataset(args, procs):
 
 
 def make_model(args, dataset, device):
-    """(description, network): models.build(**description) has the network's shape."""
-    description = dict(arch=args.arch, num_classes=len(dataset.classes), width=args.width)
-    description.update(timesteps=args.timesteps, in_channels=dataset.channels)
-    description.update(threshold=args.threshold, tau=args.tau, learnable=not args.fixed_neuron)
-    description.update(mp_init=args.mp_init, surrogate=args.surrogate)
+    """(options, model): models.build(**options) makes a network of the same shape."""
+    options = dict(arch=args.arch, num_classes=len(dataset.classes), width=args.width)
+    options.update(timesteps=args.timesteps, in_channels=dataset.channels)
+    options.update(threshold=args.threshold, tau=args.tau, learnable=not args.fixed_neuron)
+    options.update(mp_init=args.mp_init, surrogate=args.surrogate)
     try:
-        model = models.build(**description, start=args.start)
+        model = models.build(**options, start=args.start)
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.scale_currents:
         models.scale_currents(model, args.threshold)
-    return description, model.to(device, memory_format=data.memory_format(device))
+    return options, model.to(device, memory_format=data.memory_format(device))
 
 
 def describe_data(args, dataset):
@@ -598,26 +618,29 @@ def describe_data(args, dataset):
 def start_or_resume(model, checkpoint, args, procs):
     """(optimizer, scaler, progress, totals) of a new run, or with weights from a checkpoint."""
     optimizer = make_optimizer(model, args)
-    # The scaler multiplies by 1: it is here because it skips a step whose gradients are not
-    # finite, on the device and without waiting for it: the weights survive a divergence.
+    # Here only to skip steps whose gradients are not finite, without waiting for the device: the
+    # weights survive a divergence. Its scale is 1.
     scaler = torch.amp.GradScaler(procs.device.type, init_scale=1.0, growth_interval=2**30)
     # Where the run is: in this epoch (from 0), after this step.
     progress = types.SimpleNamespace(epoch=0, step=0, best=0.0, rows=[], seconds=0.0)
+    # The last learning rate and speed, for the log.
+    progress.lr, progress.images_per_s = 0.0, 0.0
     # Of this epoch: loss times images, right answers, images.
     totals = torch.zeros(3, device=procs.device)
     if checkpoint is None:
         return optimizer, scaler, progress, totals
     model.load_state_dict(checkpoint["model"])
+    # What the command line says from now on is not the optimizer's state.
+    rates = [(group["rate"], group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    for group, (rate, decay) in zip(optimizer.param_groups, rates):
+        group.update(rate=rate, weight_decay=decay)
     # In the memory format that weights have here: channels_last on a GPU and not on a CPU.
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape and name != "step":
+            if torch.is_tensor(value) and value.dim() == 4:
                 state[name] = torch.empty_like(parameter).copy_(value)
-    # The optimizer's state holds the rates of the run so far, the command line those from now on.
-    for group, fresh in zip(optimizer.param_groups, make_optimizer(model, args).param_groups):
-        group.update(weight_decay=fresh["weight_decay"], rate=fresh["rate"])
+    scaler.load_state_dict(checkpoint["scaler"])
     vars(progress).update({name: checkpoint[name] for name in vars(progress)})
     # The sums of all processes: one of them goes on with them.
     if procs.rank == 0:
@@ -632,16 +655,18 @@ def make_fast(model, dataset, args, procs):
     neuron.COMPILE = fused != "off"
     scoring = score
     if fused == "network":
-        # On a GPU the launches of augmentation and loss count, too.
-        dataset.fused = on_cuda
-        scoring = torch.compile(score) if on_cuda else score
+        if on_cuda:
+            # Augmentation and loss are many small kernels.
+            dataset.fused, scoring = True, torch.compile(score)
         batches = dataset.train(args.batch_size, args.seed, 0, 0, procs.rank, procs.world)
         x, _ = next(iter(batches))
-        compile_network(model, x.chunk(args.accumulate)[0], args.amp)
+        compile_network(model, x.chunk(args.accumulate)[0], args.amp, procs.say)
     if procs.world == 1:
         return model, scoring
     devices = [procs.device.index] if on_cuda else None
-    # Each process keeps BatchNorm statistics of its own until evaluation.
+    # Each process keeps BatchNorm statistics of its own until evaluation. torch 2.14 warns of a
+    # new name of that option, which torch 2.11 does not know.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
     how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
     return DistributedDataParallel(model, device_ids=devices, **how), scoring
 
@@ -692,8 +717,10 @@ def log_row(epoch, rate, sums, test, images_per_s, seconds, split):
 
 def write_log(file, rows):
     """Write rows, dicts of the same keys, as a CSV file."""
-    lines = [rows[0].keys(), *(row.values() for row in rows)]
-    text = "".join(",".join(map(str, line)) + "\r\n" for line in lines)
+    # The newest row has all columns: an older version may have written fewer.
+    columns = list(rows[-1])
+    lines = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
+    text = "".join(",".join(line) + "\r\n" for line in lines)
     data.write_atomically(file, lambda f: f.write(text.encode()))
 
 
@@ -708,27 +735,28 @@ def main(argv=None):
     procs = Processes(settings["device"])
     device, rank, world, say = procs.device, procs.rank, procs.world, procs.say
     out, checkpoint, args = procs.from_first(lambda: open_run(settings, given))
-    set_precision(args, device)
+    set_precision(args, device, say)
     torch.manual_seed(args.seed)
 
     dataset = make_dataset(args, procs)
     # Full batches only.
     steps = len(dataset) // args.batch_size
-    network, model = make_model(args, dataset, device)
-    optimizer, scaler, progress, totals = start_or_resume(model, checkpoint, args, procs)
-    # The batch size of a run may change: its place in the epoch stays.
+    options, model = make_model(args, dataset, device)
     if checkpoint:
         check_classes(checkpoint, dataset, args.data_dir)
+    optimizer, scaler, progress, totals = start_or_resume(model, checkpoint, args, procs)
+    if checkpoint:
+        # The batch size of a run may change: its place in the epoch stays.
         done = progress.step * checkpoint["settings"]["batch_size"]
         progress.step = min(done // args.batch_size, steps)
     procs.from_first(lambda: claim(out, goes_on="resume" in settings))
     describe(args, dataset, model, out, procs)
     trained, scoring = make_fast(model, dataset, args, procs)
     about = describe_data(args, dataset)
-    description = dict(format=FORMAT, network=network, settings=vars(args), data=about)
+    description = dict(format=FORMAT, network=options, settings=vars(args), data=about)
 
-    # Signals only leave a note, and the loop finishes its step. Asked twice from the keyboard, it
-    # ends at once.
+    # Signals only leave a note, and the loop finishes its step. After the first, Ctrl-C ends it
+    # at once.
     signals = [0]
 
     def note(signal_number, frame):
@@ -742,6 +770,7 @@ def main(argv=None):
     evaluation_seconds = 0.0
 
     def save_last(weights):
+        # No state of a random generator: all draws depend on seed, epoch and step alone.
         progress.seconds = time.perf_counter() - start
         if rank == 0:
             states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
@@ -754,17 +783,18 @@ def main(argv=None):
 
     while progress.epoch < args.epochs:
         model.train()
-        # The clock of this epoch: time since, and step it started from.
+        # Speed is timed from this step and this moment.
         first_step = timed_from = progress.step
         clock = time.perf_counter()
-        epoch = args.seed, progress.epoch
-        for x, y in dataset.train(args.batch_size, *epoch, first_step, rank, world):
+        place = args.seed, progress.epoch, first_step
+        for x, y in dataset.train(args.batch_size, *place, rank, world):
             # The learning rate of this step; neurons have a part of it.
             rate = learning_rate(progress.epoch * steps + progress.step, args.epochs * steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
+            progress.lr = rate
             # Forward, backward, update.
-            key = *epoch, progress.step
+            key = args.seed, progress.epoch, progress.step
             totals += train_step(trained, scoring, optimizer, scaler, x, y, args, key)
             progress.step += 1
 
@@ -802,24 +832,24 @@ def main(argv=None):
                 procs.leave(128 + stop)
 
         # The epoch's end. Save before the evaluation, which may fail on what it reads.
-        procs.gather(totals)
         procs.equalise(model, totals)
         sums = totals.tolist()
         timed_seconds = time.perf_counter() - clock
         seconds_a_step = timed_seconds / max(steps - timed_from, 1)
-        images_per_s = args.batch_size * (steps - timed_from) / timed_seconds
         # One copy from the device serves both checkpoints.
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        save_last(weights)
+        if first_step < steps:
+            # Not where a resumed run finds the epoch trained and only evaluates it.
+            progress.images_per_s = args.batch_size * (steps - timed_from) / timed_seconds
+            save_last(weights)
         saved = time.perf_counter()
         # Accuracy on the test set, each process evaluating its part.
         test_batches = dataset.test(args.batch_size // world, rank, world)
         test = evaluate(model, test_batches, args.amp)
         evaluation_seconds = time.perf_counter() - saved
         # A row of the log, and the best network so far.
-        rate = learning_rate((progress.epoch + 1) * steps - 1, args.epochs * steps, args)
-        times = images_per_s, time.perf_counter() - start
-        row = log_row(progress.epoch + 1, rate, sums, test, *times, dataset.split)
+        times = progress.images_per_s, time.perf_counter() - start
+        row = log_row(progress.epoch + 1, progress.lr, sums, test, *times, dataset.split)
         progress.rows.append(row)
         better = test["top1"] > progress.best
         progress.best = max(progress.best, test["top1"])
