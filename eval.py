@@ -265,6 +265,8 @@ def inspect(path, checkpoint, model, dataset, batch_size, images=None, amp=False
     settled = math.log(0.01) / math.log(min(max(kept, 1e-6), 1 - 1e-6))
     study.steps = T + min(max(4 * T, math.ceil(settled)), max(64, T))
     study.runs = {}
+    # So many steps would take longer to compile than these few batches take.
+    fused, neuron.COMPILE = neuron.COMPILE, False
     for start, v_init in (("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0)):
         # More steps, fewer images at a time.
         batches = take(dataset, max(1, batch_size * T // study.steps), images)
@@ -272,6 +274,7 @@ def inspect(path, checkpoint, model, dataset, batch_size, images=None, amp=False
         # [layers, T]
         shift = torch.stack([wasserstein(law[:T], law[T]) for law in laws.values()])
         study.runs[start] = SimpleNamespace(top1_at=longer["top1_at"], laws=laws, shift=shift)
+    neuron.COMPILE = fused
     # Spikes an image, {neuron layer: [T, *neurons]}, and their mean over the neurons of a layer.
     spikes = {name: counts[name].cpu() / images for name in study.neurons}
     study.rates = {name: count.flatten(1).mean(1) for name, count in spikes.items()}

@@ -2242,7 +2242,7 @@ file, arch, fused = sys.argv[1:]
 def train(rank, world, fused):
     neuron.COMPILE, neuron.CPU_COMPILE_FROM = fused != "plain", 0
     torch.manual_seed(0)
-    small = models.ResNet(models.Block, [(8, 1, 1), (16, 1, 2)], 10, 2, 3, 8, {})
+    small = models.ResNet(models.Block, [(8, 1, 1)], 10, 2, 3, 4, {})
     model = small if arch == "small" else models.build(arch, 10, 2, width=4)
     model = model.double().train()
     for m in model.modules():

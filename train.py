@@ -111,7 +111,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def make_parser():
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=Help)
+    how = dict(formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser("train.py", description=__doc__, **how)
     # Flags without a default below are absent unless given.
     absent = {"argument_default": argparse.SUPPRESS}
 
