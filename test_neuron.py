@@ -341,7 +341,8 @@ def test_memory_format_is_kept_and_does_not_matter(request, mode, dtype):
 def test_backward_keeps_the_input_only():
     x, kept = torch.randn(2, 4, 250, requires_grad=True), []
     start, theta, k = torch.zeros(()), torch.ones((), requires_grad=True), torch.full((), 0.5)
-    for function in (neuron.lif_and_mean_recomputed, neuron.compiled(neuron.lif_and_mean_recomputed)):
+    plain = neuron.lif_and_mean_recomputed
+    for function in (plain, neuron.compiled(plain)):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             spikes, _ = function(x, start, theta, k, "trsg", "active", False)

@@ -110,6 +110,24 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     pass
 
 
+def add_recipe(add):
+    add("--recipe", choices=RECIPES, help="default: fast for shapes, else the network's own")
+    add("--epochs", type=count, help="passes over the training set")
+    add("--batch-size", type=count, help="images a step, of all processes together")
+    add("--accumulate", type=count, default=1, help="compute a step in so many parts, for memory")
+    add("--optimizer", choices=("sgd", "nesterov", "adamw"), help="SGD has momentum 0.9")
+    add("--lr", type=positive, help="peak learning rate, from which a cosine falls to 0")
+    add("--warmup", type=share, help="the warm-up's part of the run")
+    add("--neuron-rate", type=not_negative, help="learning rate of the neurons, as a part of --lr")
+    add("--weight-decay", type=not_negative, help="weight decay")
+    add("--decayed", choices=("all", "weights"), help="what decays: all parameters, or weights")
+    add("--start", choices=("published", "kaiming"), help="how weights start, see models.build")
+    add("--label-smoothing", type=share, help="label smoothing")
+    add("--mixup", type=not_negative, help="alpha of mixup's Beta distribution, 0 for none")
+    add("--augment", choices=("plain", "trivial"), help="shifts and flips, or TrivialAugment too")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
+
+
 def make_parser():
     how = dict(formatter_class=Help, allow_abbrev=False)
     parser = argparse.ArgumentParser("train.py", description=__doc__, **how)
@@ -144,26 +162,7 @@ def make_parser():
     add("--workers", type=count_or_0, default=2, help="processes that decode images")
 
     about = "What is not given is the recipe's, and printed at the start."
-    add = parser.add_argument_group("recipe", about, **absent).add_argument
-    add(
-        "--recipe",
-        choices=RECIPES,
-        help="default: fast for shapes, its own for spikformer, else paper",
-    )
-    add("--epochs", type=count, help="passes over the training set")
-    add("--batch-size", type=count, help="images a step, of all processes together")
-    add("--accumulate", type=count, default=1, help="compute a step in so many parts, for memory")
-    add("--optimizer", choices=("sgd", "nesterov", "adamw"), help="SGD has momentum 0.9")
-    add("--lr", type=positive, help="peak learning rate, from which a cosine falls to 0")
-    add("--warmup", type=share, help="the warm-up's part of the run")
-    add("--neuron-rate", type=not_negative, help="learning rate of the neurons, as a part of --lr")
-    add("--weight-decay", type=not_negative, help="weight decay")
-    add("--decayed", choices=("all", "weights"), help="what decays: all parameters, or weights")
-    add("--start", choices=("published", "kaiming"), help="how weights start, see models.build")
-    add("--label-smoothing", type=share, help="label smoothing")
-    add("--mixup", type=not_negative, help="alpha of mixup's Beta distribution, 0 for none")
-    add("--augment", choices=("plain", "trivial"), help="shifts and flips, or TrivialAugment too")
-    add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
+    add_recipe(parser.add_argument_group("recipe", about, **absent).add_argument)
 
     add = parser.add_argument_group("machine and run", **absent).add_argument
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
@@ -643,6 +642,8 @@ def start_or_resume(model, checkpoint, args, procs):
                 state[name] = torch.empty_like(parameter).copy_(value)
     scaler.load_state_dict(checkpoint["scaler"])
     vars(progress).update({name: checkpoint[name] for name in vars(progress)})
+    # The batch size of a run may change: its place in the epoch stays.
+    progress.step = progress.step * checkpoint["settings"]["batch_size"] // args.batch_size
     # The sums of all processes: one of them goes on with them.
     if procs.rank == 0:
         totals += checkpoint["totals"].to(procs.device)
@@ -697,6 +698,21 @@ def describe(args, dataset, model, out, procs):
     procs.say(f"{procs.world} x {procs.device}, torch {torch.__version__}, writing to {out}")
 
 
+def note_signals():
+    """A list whose last item is the latest SIGTERM or SIGINT, 0 where there was none: the training
+    loop finishes its step and looks there."""
+    signals = [0]
+
+    def note(signal_number, frame):
+        signals.append(signal_number)
+        # The next Ctrl-C ends the program at once.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return signals
+
+
 def duration(seconds):
     if seconds > 5400:
         return f"{seconds / 3600:.1f} h"
@@ -746,26 +762,13 @@ def main(argv=None):
     if checkpoint:
         check_classes(checkpoint, dataset, args.data_dir)
     optimizer, scaler, progress, totals = start_or_resume(model, checkpoint, args, procs)
-    if checkpoint:
-        # The batch size of a run may change: its place in the epoch stays.
-        done = progress.step * checkpoint["settings"]["batch_size"]
-        progress.step = min(done // args.batch_size, steps)
     procs.from_first(lambda: claim(out, goes_on="resume" in settings))
     describe(args, dataset, model, out, procs)
     trained, scoring = make_fast(model, dataset, args, procs)
     about = describe_data(args, dataset)
     description = dict(format=FORMAT, network=options, settings=vars(args), data=about)
 
-    # Signals only leave a note, and the loop finishes its step. After the first, Ctrl-C ends it
-    # at once.
-    signals = [0]
-
-    def note(signal_number, frame):
-        signals.append(signal_number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
+    signals = note_signals()
     start = time.perf_counter() - progress.seconds
     saved = printed = time.perf_counter()
     evaluation_seconds = 0.0
@@ -817,11 +820,9 @@ def main(argv=None):
                 printed = now
                 seconds_a_step = (now - clock) / (progress.step - timed_from)
                 loss, right, images = totals.tolist()
-                say(
-                    f"  epoch {progress.epoch + 1}/{args.epochs}, step {progress.step}/{steps}: "
+                say(f"  epoch {progress.epoch + 1}/{args.epochs}, step {progress.step}/{steps}: "
                     f"loss {loss / images:.3f}, accuracy {100 * right / images:.1f} %, "
-                    f"{args.batch_size / seconds_a_step:.0f} images/s, {time_left(seconds_a_step)}"
-                )
+                    f"{args.batch_size / seconds_a_step:.0f} images/s, {time_left(seconds_a_step)}")
             if save_due or stop:
                 # The checkpoint holds the sums of all processes, for one to go on with.
                 procs.gather(totals)
