@@ -252,7 +252,11 @@ class ImageTree:
 def image_trees(root):
     """The training and the test images below root, of the same classes."""
     # ImageNet's test images have no labels and lie in no class folders: val/ is taken there.
-    train, test = ImageTree(root, "train"), ImageTree(root, "test", "val")
+    train = ImageTree(root, "train")
+    # Of the two the one with the classes of training.
+    alike = [name for name in ("test", "val")
+             if all((root / name / label).is_dir() for label in train.classes)]
+    test = ImageTree(root, *(alike or ("test", "val")))
     differing = sorted(set(train.classes) ^ set(test.classes))
     if differing:
         raise UserError(f"{root}: the class folders of training and test differ: {differing[:5]}")
@@ -598,13 +602,15 @@ def read_aedat(path):
     if (t[1:] < t[:-1]).any():
         # Of the differences that are possible modulo 2^32 the one nearest to 0.
         t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
-    if address.max() > 0x7FFF:
-        # Bit 15 alone marks an external trigger, which jAER leaves out as well.
-        event = address != 0x8000
-        address, t = address[event], t[event]
-    if (address > 0x7FFF).any():
+    if (address & 0x7FFF0000).any():
         raise UserError(f"{path} holds the address {address.max():#x}, beyond the 128x128 pixels "
                         "of a DVS128: replace it by the original")
+    if address.max() > 0x7FFF:
+        # Bits 15 and 31 mark special events, external triggers, which jAER leaves out as well.
+        event = address <= 0x7FFF
+        address, t = address[event], t[event]
+    if len(t) == 0:
+        raise UserError(f"{path} holds triggers only: replace it by the original")
     # Bits 8-14 are 127 - x, bits 1-7 are 127 - y, bit 0 is 1 - p.
     place = address.astype(np.int16) ^ 0x7FFF
     return t, place >> 8, place >> 1 & 127, place & 1
@@ -619,6 +625,8 @@ def read_nmnist(path):
     event = y != 240
     t = t + (np.cumsum(~event) << 13)
     t, x, y, p = (value[event] for value in (t, x, y, p))
+    if len(t) == 0:
+        raise UserError(f"{path} holds no event: replace it by the original")
     if (np.maximum(x, y) > 33).any():
         raise UserError(f"{path} holds an address x {x.max()}, y {y.max()}, beyond 34x34 pixels: "
                         "replace it by the original")
@@ -701,21 +709,26 @@ def unpack(packed, ending):
     """Unpack the recordings of a zip file into a folder of its name."""
     # Below such a folder, wherever it is, they may lie already, or some: where the user's own
     # unpacking was interrupted.
-    there = len(glob.glob(f"**/{packed.stem}/**/*{ending}", root_dir=packed.parent, recursive=True))
+    pattern = f"**/{glob.escape(packed.stem)}/**/*{ending}"
+    beside = glob.glob(pattern, root_dir=packed.parent, recursive=True)
     try:
         with zipfile.ZipFile(packed) as archive:
             inside = [name for name in archive.namelist() if name.endswith(ending)
                       and not os.path.basename(name).startswith(".")]
-            if 0 < there < len(inside):
-                raise ValueError(f"only {there} of its {len(inside)} recordings lie beside it, "
-                                 "delete those and they will be unpacked again")
-            if there < len(inside):
+            # The last file of an interrupted unpacking is shorter.
+            sizes = {os.path.basename(name): archive.getinfo(name).file_size for name in inside}
+            whole = [path for path in beside
+                     if os.path.getsize(packed.parent / path) == sizes.get(os.path.basename(path))]
+            if beside and len(whole) < len(inside):
+                raise ValueError(f"only {len(whole)} of its {len(inside)} recordings lie whole "
+                                 "beside it, delete those and they will be unpacked again")
+            if not beside:
                 # Renamed when all is there. What a killed process leaves behind begins with a dot
                 # and is never looked at.
                 with tempfile.TemporaryDirectory(dir=packed.parent, prefix=".") as temporary:
                     archive.extractall(f"{temporary}/all", inside)
                     # Another process that unpacks the same may have been the first.
-                    if not packed.with_suffix("").exists():
+                    if not any(packed.with_suffix("").glob(f"**/*{ending}")):
                         os.rename(f"{temporary}/all", packed.with_suffix(""))
     # Bad archives end in many kinds of errors.
     except Exception as error:
@@ -743,7 +756,8 @@ def test_part(recordings, split):
     labels, numbers, paths, *_ = zip(*recordings)
     if split == "official":
         # The inner one of folders called so counts.
-        return np.array([path.rfind("Test") > path.rfind("Train") for path in paths])
+        lower = [path.lower() for path in paths]
+        return np.array([path.rfind("test") > path.rfind("train") for path in lower])
     if split in ("first100", "first20"):
         return np.array(numbers) < int(split[5:])
     if split != "random":
@@ -789,8 +803,16 @@ def load_events(name, folder, workers, timesteps, split, by):
         if test.all() or not test.any():
             raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(test)} recordings "
                             "the test set; training and test need some each: choose another")
+        # Unpacked twice they would count twice, and be on both sides of a random split.
+        seen, halves = {}, test_part(recordings, "official")
+        for (label, number, path, *_), half in zip(recordings, halves):
+            twin = seen.setdefault((label, number, half), path)
+            if twin != path:
+                raise UserError(f"{folder}: {twin} and {path} are one recording, delete one")
         files = Recordings(name, [folder / path for _, _, path, *_ in recordings], timesteps, by)
         frames, labels = make_frames(files, workers), np.uint8([label for label, *_ in recordings])
+        # From here on nothing vouches for the old frames.
+        write_atomically(source, lambda file: None)
         write_arrays(paths, (frames[~test], labels[~test], frames[test], labels[test]))
         # The last, as it vouches for the others.
         write_atomically(source, lambda file: file.write(fingerprint(recordings).encode()))

@@ -766,7 +766,7 @@ def evaluate_checkpoint(args, path, device):
     dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(device)
     about = [f"{path}: {network['arch']}", f"width {network['width']}"]
     about += [f"T = {dataset.frames or model.timesteps}", dataset.name, dataset.split]
-    about += [f"epoch {checkpoint['epoch']}", "folded" if checkpoint.get("folded") else None]
+    about += [f"epoch {checkpoint['epoch'] + 1}", "folded" if checkpoint.get("folded") else None]
     print(*filter(None, about), sep=", ")
     # In float32, before anything else is asked of the network.
     if args.fold or args.save_folded:
@@ -811,7 +811,10 @@ def main(argv=None):
         picture(args.picture)
     if args.gradients:
         sweep_gradients(None if args.gradients is True else args.gradients)
-    # One after the other: a picture is there before the next checkpoint is read.
+    # A file that cannot be read is found out before the work.
+    for path in args.checkpoint:
+        load_checkpoint(path)
+    # One after the other: a picture is there before the next checkpoint is looked at.
     studies = []
     for i, path in enumerate(args.checkpoint, 1):
         studies.append(evaluate_checkpoint(args, path, device))

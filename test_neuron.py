@@ -1304,11 +1304,13 @@ def test_header_ends_where_the_number_sign_does_and_bits_are_where_they_belong(t
     assert p == [1, 0, 1, 1, 1, 1] and t == list(range(6))
 
 
-def test_external_triggers_are_no_events(tmp_path):
+@pytest.mark.parametrize("bits", [0x8000, 0x9234])
+def test_external_triggers_are_no_events(tmp_path, bits):
     rng = np.random.default_rng(0)
     addresses, times = rng.integers(0, 2 ** 15, 500), np.arange(500) * 10
     (tmp_path / "whole.aedat").write_bytes(pack(np.delete(addresses, 250), np.delete(times, 250)))
-    addresses[250] = 0x8000
+    # Bit 15 marks it, whatever the other bits are.
+    addresses[250] = bits
     (tmp_path / "trigger.aedat").write_bytes(pack(addresses, times))
     found, expected = (data.read_aedat(tmp_path / f"{n}.aedat") for n in ("trigger", "whole"))
     assert len(found[0]) == 499 and all(np.array_equal(a, b) for a, b in zip(found, expected))
@@ -1364,7 +1366,8 @@ def test_area_mean_equals_splitting_every_pixel(n, size):
     (data.read_aedat, b""), (data.read_aedat, HEADER), (data.read_aedat, HEADER + b"# no end"),
     (data.read_aedat, recording_of(0)[:-3]), (data.read_aedat, b"PK\x03\x04" + bytes(60)),
     (data.read_aedat, b"RIFF" + bytes(60)), (data.read_aedat, b"#!AER-DAT3.1\r\n" + bytes(80)),
-    (data.read_aedat, pack([5, 0x8001], [1, 2])), (data.read_aedat, pack([5, 0x18000], [1, 2])),
+    (data.read_aedat, pack([5, 0x10001], [1, 2])), (data.read_aedat, pack([5, 0x18000], [1, 2])),
+    (data.read_aedat, pack([0x8000], [1])), (data.read_nmnist, bytes([0, 240, 0, 0, 0])),
     (data.read_nmnist, b""), (data.read_nmnist, bytes(7)), (data.read_nmnist, b"PK\x03\x04\x05"),
     (data.read_nmnist, bytes([34, 0, 0, 0, 0])), (data.read_nmnist, bytes([0, 34, 0, 0, 0]))])
 def test_bad_recordings_give_one_line_with_the_name(read, raw, tmp_path):
@@ -1404,6 +1407,13 @@ def test_folders_and_zip_files_give_the_same_arrays_wherever_they_lie(tmp_path):
     names = sorted(path.name for path in (tmp_path / "a/cifar10-dvs").glob("*.npy"))
     assert names == [f"{part}_{kind}_T4_count_48_first100.npy"
                      for part in ("test", "train") for kind in ("images", "labels")]
+
+
+def test_recordings_that_lie_there_twice_are_refused(tmp_path):
+    write_set(tmp_path / "cifar10-dvs", (0, 1, 100))
+    write_set(tmp_path / "cifar10-dvs", (0, 1, 100), inside="again/{c}")
+    with pytest.raises(data.UserError, match=r"airplane_0.aedat are one recording, delete one$"):
+        data.load("cifar10-dvs", tmp_path, workers=0)
 
 
 def test_nmnist_is_found_in_folders_of_folders(tmp_path):
@@ -2490,6 +2500,16 @@ def entries(**new):
     return lambda file: torch.save({**torch.load(file, weights_only=True), **new}, file)
 
 
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def best(file):
+    shutil.copy(file.parent / "best.pt", file)
+
+
 def infinite(file):
     model = weights(file)
     model["blocks.3.conv2.0.weight"][0, 0, 0, 0] = float("inf")
@@ -2545,7 +2565,10 @@ BAD += [
     ("resume", "run/last.pt", text, "it may be truncated, or no checkpoint of train.py"),
     ("resume", "run/last.pt", entries(format="other"), "is no checkpoint of train.py"),
     ("resume", "run/last.pt", entries(format=Bomb()), "last.pt cannot be read"),
-    ("resume", "run/last.pt", entries(folded=True), "folded network, which is for evaluation"),
+    ("resume", "run/last.pt", flip, "its checksums do not fit"),
+    ("resume", "run/last.pt", entries(folded=True), "or folded: for evaluation only"),
+    ("resume", "run/last.pt", best, "is a best.pt or folded: for evaluation only"),
+    ("resume --epochs 1", "", None, "is in epoch 2 already"),
     # A run goes on with its network and data, and no other takes its place.
     ("resume --arch resnet18", "", None, "has --arch resnet19, not resnet18"),
     ("resume --timesteps 4", "", None, "has --timesteps 2, not 4"),

@@ -24,6 +24,7 @@ import sys
 import time
 import types
 import warnings
+import zipfile
 
 import numpy as np
 import torch
@@ -228,15 +229,18 @@ def open_run(settings, given):
         return out, None, args
     out = pathlib.Path(resume)
     checkpoint = load_checkpoint(out / "last.pt")
-    if checkpoint.get("folded"):
-        raise UserError(f"{out}/last.pt is a folded network, which is for evaluation only")
+    if "optimizer" not in checkpoint or checkpoint.get("folded"):
+        raise UserError(f"{out}/last.pt is a best.pt or folded: for evaluation only")
     # Settings of the run, then what this command line changes.
     old = checkpoint["settings"]
     for name in FIXED:
         if name in given and given[name] != old[name]:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"the run in {out} has {flag} {old[name]}, not {given[name]}")
-    return out, checkpoint, with_recipe({**old, "device": settings["device"], **given})
+    args = with_recipe({**old, "device": settings["device"], **given})
+    if checkpoint["epoch"] >= args.epochs:
+        raise UserError(f"the run in {out} is in epoch {checkpoint['epoch'] + 1} already")
+    return out, checkpoint, args
 
 
 # ---- The machine --------------------------------------------------------------------------------
@@ -402,6 +406,10 @@ def load_checkpoint(file):
     """A checkpoint as train.py wrote it, on the CPU: plain data and tensors, nothing that could
     run code. UserError for any other file."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            # torch does not look at the checksums.
+            if archive.testzip():
+                raise ValueError("its checksums do not fit")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # zipfile, pickle and torch have a dozen exceptions for bad files.
@@ -872,7 +880,8 @@ def run(main, program):
     """Call main(). What the user can mend becomes one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         # Whatever the terminal's encoding is, printing never ends a run.
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
         return
