@@ -104,6 +104,7 @@ class SEWBlock(nn.Module):
         super().__init__()
         self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**lif_options)
         self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**lif_options)
+        # Where the shape stays, the shortcut is nothing at all.
         self.shortcut, self.lif_shortcut = None, None
         if stride != 1 or c_in != c_out:
             self.shortcut, self.lif_shortcut = conv_bn(c_in, c_out, 1, stride), TrLIF(**lif_options)
@@ -137,9 +138,11 @@ class ResNet(nn.Module):
                 # The first block of a stage makes the images smaller.
                 self.blocks.append(block(c_in, c_out, stride if i == 0 else 1, lif_options))
                 c_in = c_out
+        # The mean over places goes in, whatever their number is.
         self.head = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
+        # [T, B, C, H, W].
         x = input_current(self.stem, x, self.timesteps)
         T = x.shape[0]
         # From here on [T*B, C, H, W].
@@ -169,6 +172,7 @@ class SpikingSelfAttention(nn.Module):
     def __init__(self, dim, heads, lif_options):
         super().__init__()
         self.heads = heads
+        # Queries, keys and values are spikes, and so is what goes out.
         self.q, self.k, self.v, self.out = (LinearLIF(dim, dim, lif_options) for _ in range(4))
         # Half as high a threshold behind the product, as in the publication.
         half = 0.5 * lif_options.get("threshold", 1.0)
@@ -193,6 +197,7 @@ class Spikformer(nn.Module):
                  heads=12):
         super().__init__()
         self.timesteps = timesteps
+        # Each convolution doubles the channels, up to those of a token.
         dim = 6 * width
         channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
         self.patches = nn.ModuleList(conv_bn(a, b, 3) for a, b in zip(channels, channels[1:]))
@@ -201,6 +206,7 @@ class Spikformer(nn.Module):
         # The third and fourth stage halve the side: 32x32 pixels become 8x8 tokens.
         pools = [nn.Identity(), nn.Identity(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)]
         self.pools = nn.ModuleList(pools)
+        # Published are four blocks with 12 heads, and four times the channels inside of an MLP.
         self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, lif_options)
                                        for _ in range(depth))
         self.mlp = nn.ModuleList(nn.ModuleList([LinearLIF(dim, 4 * dim, lif_options),
@@ -225,6 +231,7 @@ class Spikformer(nn.Module):
         for attention, (up, down) in zip(self.attention, self.mlp):
             x = self.join(x, attention(x, T))
             x = self.join(x, down(up(x, T), T))
+        # Mean over tokens, logits for each step.
         return self.head(x.mean(1)).unflatten(0, (T, -1))
 
 
@@ -288,6 +295,7 @@ def scale_currents(model, threshold):
     it out, and TrSG's gradients do not depend on it. Not so in spikformer's attention, where
     three spikes are multiplied.
     """
+    # Of convolutions and of tokens.
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.weight *= threshold
@@ -296,6 +304,7 @@ def scale_currents(model, threshold):
 def compile_model(model, **options):
     """Fuse the whole network with torch.compile, in place, and return it: BatchNorm, shortcuts
     and neurons share kernels. Takes minutes once, and again for evaluation."""
+    # All shapes are known, and stay: kernels of their own are faster than shared ones.
     model.compile(dynamic=False, options=compile_options(), **options)
     return model
 
@@ -350,6 +359,7 @@ def synapses(model):
         # The first convolution reads the stream, the second only what the first made fire.
         found += [(block.conv1, stream), (block.conv2, [block.lif1])]
         if isinstance(block, SEWBlock):
+            # Spikes are added to what came over the shortcut.
             beside = stream if block.shortcut is None else [block.lif_shortcut]
             stream = beside + [block.lif2]
         else:
@@ -367,6 +377,7 @@ def pooling(model):
 
 def spike_height(neuron):
     """theta, or 1 for neurons of the naive form, which emit s."""
+    # A tensor in both cases: products of heights stay on the device.
     threshold = neuron.threshold
     return threshold if neuron.surrogate == "trsg" else torch.ones_like(threshold)
 
@@ -427,8 +438,10 @@ def fold(model):
     # Weights first: they need the thresholds as they were.
     for layer, sources in synapses(model):
         if layer is model.head:
+            # It has no BatchNorm, and as many inputs as the streams side by side have channels.
             model.head = with_weights(layer, *folded_weights(layer, sources))
         elif len(layer) == 0:
+            # A plain shortcut.
             layer.append(Scale(spike_height(sources[0])))
         else:
             layer[0] = with_weights(layer[0], *folded_weights(layer, sources))

@@ -81,6 +81,7 @@ def number(kind, low, high=math.inf, above=False):
     """A type for argparse: a number of kind int or float, at least (or above) low, below high."""
 
     def parse(text):
+        # A text that is no number raises ValueError, of which argparse makes a line.
         value = kind(text)
         if not low <= value < high or (above and value == low):
             limit = f"{'above' if above else 'at least'} {low}"
@@ -204,8 +205,10 @@ def with_recipe(settings):
         args.recipe = "fast" if args.dataset.startswith("shapes") else "paper"
         if args.arch == "spikformer":
             args.recipe = "spikformer"
+    # A flag that was given stands, everything else is the recipe's.
     for name, values in RECIPE.items():
         vars(args).setdefault(name, values[RECIPES.index(args.recipe)])
+    # As published for ImageNet; drawn shapes and folders have CIFAR's size.
     if args.image_size is None:
         args.image_size = 224 if args.dataset == "imagenet" else 32
     return args
@@ -308,6 +311,7 @@ class Processes:
     a reader with one GPU may skip them."""
 
     def __init__(self, device):
+        # torchrun tells each process in its environment which one it is.
         self.world = int(os.environ.get("WORLD_SIZE") or 1)
         self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
         if self.world == 1:
@@ -324,6 +328,7 @@ class Processes:
         dist.init_process_group(backends, timeout=hour, device_id=device_id)
 
     def say(self, text):
+        # Flushed, because a batch system's log is a file.
         if self.rank == 0:
             print(text, flush=True)
 
@@ -368,6 +373,7 @@ class Processes:
 
     def gather(self, totals):
         """Add all processes' totals up in the first one, in place."""
+        # The others go on from 0: what is added up once more stays right.
         if self.world > 1:
             dist.all_reduce(totals)
             totals *= self.rank == 0
@@ -393,6 +399,7 @@ class Processes:
 def leave_at_once(code):
     """End this process of several here and now: the threads of a process group may outlive the
     interpreter, and crash it."""
+    # What the interpreter would do at its end.
     data.kill_workers()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -432,6 +439,7 @@ def build_network(checkpoint):
 
 def check_classes(checkpoint, dataset, data_dir):
     """UserError unless the data set has the very classes that the network was trained on."""
+    # Labels are numbers of classes in their order: other names mean other labels.
     name, classes = checkpoint["data"]["name"], checkpoint["data"]["names"]
     if classes != dataset.classes:
         counts = f"{len(dataset.classes)} classes, not the {len(classes)} trained on"
@@ -480,6 +488,7 @@ def make_optimizer(model, args):
         # With --fixed-neuron the last is empty.
         if learnt:
             groups.append(dict(params=learnt, rate=rate, weight_decay=decay))
+    # fused: one kernel for all parameters of a group.
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
     nesterov = args.optimizer == "nesterov"
@@ -488,6 +497,7 @@ def make_optimizer(model, args):
 
 def learning_rate(step, steps, args):
     """Linear warm-up to args.lr, then a cosine to 0. steps: of the whole run."""
+    # In steps, and not always whole ones.
     warmup = args.warmup * steps
     if step < warmup:
         return args.lr * (step + 1) / math.ceil(warmup)
@@ -499,11 +509,13 @@ def score(logits, y, weight, label_smoothing):
 
     weight: mixup's share of each image; the rest is the image at the other end of the batch.
     """
+    # [T, B, classes] -> [B, classes], in float32 whatever the network computes in.
     logits = logits.float().mean(0)
     loss = weight * F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     if weight < 1:
         other = F.cross_entropy(logits, y.flip(0), label_smoothing=label_smoothing)
         loss = loss + (1 - weight) * other
+    # Kept on the device: to read them would be to wait for it.
     right = (logits.argmax(1) == y).sum().float()
     images = torch.full_like(right, len(y))
     return loss, torch.stack([loss.detach() * images, right, images])
@@ -546,6 +558,7 @@ def first_bad_layer(model, x):
         if not all(tensor.isfinite().all() for tensor in tensors):
             found.append(f"{name} ({type(layer).__name__})")
 
+    # Layers that contain others would only repeat what those say.
     leaves = [(name, layer) for name, layer in model.named_modules() if not list(layer.children())]
     hooks = [
         layer.register_forward_hook(lambda layer, _, output, name=name: check(name, layer, output))
@@ -575,6 +588,7 @@ def stop_if_bad(totals, scaler, model, x, where):
 
 def make_dataset(args, procs):
     """The data set on the device. Sets args.batch_size where the recipe leaves it open."""
+    # Read, downloaded, drawn or prepared, see data.load.
     how = args.image_size, args.workers, args.timesteps, args.dvs_split, args.bin_by
     dataset = procs.prepare(lambda: data.load(args.dataset, args.data_dir, *how))
     if args.classes:
@@ -602,6 +616,7 @@ def make_dataset(args, procs):
 
 def make_model(args, dataset, device):
     """(options, model): models.build(**options) makes a network of the same shape."""
+    # All that eval.py needs to build it again.
     options = dict(arch=args.arch, num_classes=len(dataset.classes), width=args.width)
     options.update(timesteps=args.timesteps, in_channels=dataset.channels)
     options.update(threshold=args.threshold, tau=args.tau, learnable=not args.fixed_neuron)
@@ -617,6 +632,7 @@ def make_model(args, dataset, device):
 
 def describe_data(args, dataset):
     """All that eval.py needs to load the same test set, normalised alike."""
+    # Names, because the number of classes alone would not tell another set.
     about = dict(name=args.dataset, names=dataset.classes, mean=dataset.mean, std=dataset.std)
     about.update(image_size=args.image_size, classes=args.classes)
     about.update(dvs_split=args.dvs_split, bin_by=args.bin_by)
@@ -660,6 +676,7 @@ def start_or_resume(model, checkpoint, args, procs):
 
 def make_fast(model, dataset, args, procs):
     """Fuse what --compile says and join the processes: (what to train, what computes its loss)."""
+    # On a CPU fusing the whole network takes minutes and gains nothing over its neurons.
     on_cuda = procs.device.type == "cuda"
     fused = args.compile or ("network" if on_cuda else "neurons")
     neuron.COMPILE = fused != "off"
@@ -685,6 +702,7 @@ def claim(out, goes_on):
     """Create the run's folder and log. Of two runs started at once the second fails here."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # "x" fails where the file exists.
         open(out / "log.csv", "a" if goes_on else "x").close()
     except OSError as error:
         raise UserError(f"cannot write a run into {out}: {error.strerror}") from error
@@ -751,11 +769,13 @@ def write_log(file, rows):
 
 def save(file, description, progress, weights, **more):
     """Write a checkpoint: what the run is, where it is, weights, and what more is given."""
+    # Atomically: who is killed while writing leaves the old one.
     checkpoint = {**description, **vars(progress), "model": weights, **more}
     data.write_atomically(file, lambda f: torch.save(checkpoint, f))
 
 
 def main(argv=None):
+    # Who we are, and whether a run goes on.
     settings, given = parse(argv)
     procs = Processes(settings["device"])
     device, rank, world, say = procs.device, procs.rank, procs.world, procs.say
@@ -773,10 +793,12 @@ def main(argv=None):
     procs.from_first(lambda: claim(out, goes_on="resume" in settings))
     describe(args, dataset, model, out, procs)
     trained, scoring = make_fast(model, dataset, args, procs)
+    # What a checkpoint says of itself.
     about = describe_data(args, dataset)
     description = dict(format=FORMAT, network=options, settings=vars(args), data=about)
 
     signals = note_signals()
+    # Seconds count on from where the run was.
     start = time.perf_counter() - progress.seconds
     saved = printed = time.perf_counter()
     evaluation_seconds = 0.0
@@ -789,6 +811,7 @@ def main(argv=None):
             save(out / "last.pt", description, progress, weights, totals=totals, **states)
 
     def time_left(seconds_a_step):
+        # Steps and evaluations that are still to come.
         epochs = args.epochs - progress.epoch
         steps_left = epochs * steps - progress.step
         return duration(steps_left * seconds_a_step + epochs * evaluation_seconds) + " left"
@@ -798,8 +821,8 @@ def main(argv=None):
         # Speed is timed from this step and this moment.
         first_step = timed_from = progress.step
         clock = time.perf_counter()
-        place = args.seed, progress.epoch, first_step
-        for x, y in dataset.train(args.batch_size, *place, rank, world):
+        start_at = progress.epoch, first_step
+        for x, y in dataset.train(args.batch_size, args.seed, *start_at, rank, world):
             # The learning rate of this step; neurons have a part of it.
             rate = learning_rate(progress.epoch * steps + progress.step, args.epochs * steps, args)
             for group in optimizer.param_groups:
@@ -825,6 +848,7 @@ def main(argv=None):
                 where = f"by step {progress.step} of epoch {progress.epoch + 1}, rate {rate:.3g}"
                 stop_if_bad(totals, scaler, model, x, where)
             if print_due:
+                # Loss and accuracy of this epoch so far, in this process.
                 printed = now
                 seconds_a_step = (now - clock) / (progress.step - timed_from)
                 loss, right, images = totals.tolist()
@@ -837,6 +861,7 @@ def main(argv=None):
                 save_last(model.state_dict())
                 saved = time.perf_counter()
             if stop:
+                # As a program that a signal ended: 128 and its number.
                 name = signal.Signals(stop).name
                 say(f"stopped by {name} {where}: go on with --resume {out}")
                 procs.leave(128 + stop)
@@ -872,6 +897,7 @@ def main(argv=None):
         totals.zero_()
         cells = ", ".join(f"{name} {value}" for name, value in row.items())
         say(f"{cells}; {time_left(seconds_a_step)}")
+    # All processes leave together.
     say(f"done: best test accuracy {100 * progress.best:.2f} %, {out}")
     procs.leave(0)
 
