@@ -1538,8 +1538,16 @@ def test_a_killed_preparation_leaves_no_half_array_and_starts_again(tmp_path):
     write_set(tmp_path / "cifar10-dvs", range(4))
     load = f"data.load('cifar10-dvs', {str(tmp_path)!r}, dvs_split='random', workers=1)"
     # The file is written, then the preparation is killed instead of renaming it.
-    kill = "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
-    python("-c", f"import data, os, signal; {kill}; {load}", code=-signal.SIGKILL)
+    program = """
+import data, os, signal
+replace = os.replace
+def kill_at_an_array(temporary, path):
+    if path.name.endswith(".npy"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(temporary, path)
+os.replace = kill_at_an_array
+"""
+    python("-c", program + load, code=-signal.SIGKILL)
     folder = tmp_path / "cifar10-dvs"
     assert not list(folder.glob("[!.]*.npy")) and len(list(folder.glob(".*.npy.*"))) == 1
     write_set(tmp_path / "new/cifar10-dvs", range(4))
