@@ -757,9 +757,8 @@ def fold(args, checkpoint, model, dataset):
     return folded
 
 
-def evaluate_checkpoint(args, path, device):
+def evaluate_checkpoint(args, path, checkpoint, device):
     # Print one checkpoint's accuracy. Returns what inspect() finds, or None if it is not wanted.
-    checkpoint = load_checkpoint(path)
     network = checkpoint["network"]
     model = build_network(checkpoint).to(device, memory_format=data.memory_format(device))
     model.timesteps = args.timesteps or network["timesteps"]
@@ -812,12 +811,11 @@ def main(argv=None):
     if args.gradients:
         sweep_gradients(None if args.gradients is True else args.gradients)
     # A file that cannot be read is found out before the work.
-    for path in args.checkpoint:
-        load_checkpoint(path)
+    checkpoints = [load_checkpoint(path) for path in args.checkpoint]
     # One after the other: a picture is there before the next checkpoint is looked at.
     studies = []
-    for i, path in enumerate(args.checkpoint, 1):
-        studies.append(evaluate_checkpoint(args, path, device))
+    for i, (path, checkpoint) in enumerate(zip(args.checkpoint, checkpoints), 1):
+        studies.append(evaluate_checkpoint(args, path, checkpoint, device))
         if args.plot:
             # FILE.png, FILE-2.png, ...
             plot(studies[-1], args.plot if i == 1 else f"{args.plot.removesuffix('.png')}-{i}.png")
