@@ -4,14 +4,12 @@ The network is rebuilt from the checkpoint alone. Printed are top-1 and top-5 ac
 set, and the accuracy when it is read out after t = 1 ... T time steps. Further:
 
     python eval.py A.pt --inspect     firing rates, potentials, operations, energy, layer by layer
-    python eval.py A.pt --report A.md --plot A.png         the same as a file and as a picture
-    python eval.py A.pt B.pt ...      compare checkpoints: one table
-    python eval.py A.pt --fold        absorb thresholds and BatchNorm into the weights, and compare
-    python eval.py A.pt --save-folded F.pt                 ... and write that network
+    python eval.py A.pt --report A.md --plot A.png      the same as a file and as a picture
+    python eval.py A.pt B.pt ...      compare checkpoints in one table
+    python eval.py A.pt --save-folded F.pt      absorb thresholds and BatchNorm into the weights
 
-    python eval.py --picture FILE.png       both methods in one picture; needs no checkpoint
-    python eval.py --gradients [FILE.png]   gradient norms against the threshold, random weights
-    python eval.py --speed                  one layer, plain and fused, beside what memory allows
+    python eval.py --picture FILE.png     both methods in one picture; needs no checkpoint
+    python eval.py --speed                one layer, plain and fused, beside what memory allows
 
 What the figures mean is written under every table. This file imports all the others.
 """
@@ -38,36 +36,36 @@ from train import build_network, check_classes, evaluate, load_checkpoint
 
 # Energy of a 32-bit multiply-accumulate and of an accumulate in pJ, in 45 nm CMOS (Horowitz 2014).
 PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9
-# Histograms of potentials reach from -32 to 32 thresholds.
+# Histograms of membrane potentials reach from -32 to 32 thresholds.
 RANGE, BINS_PER_THRESHOLD = 32, 256
 BINS = 2 * RANGE * BINS_PER_THRESHOLD
-# What --speed times: layers of so many neurons, each for so many seconds.
+# The numbers of neurons that --speed times, and the seconds that each measurement takes.
 NEURONS = {"cpu": (2 ** 18, 2 ** 21, 2 ** 22), "cuda": (2 ** 18, 2 ** 22, 2 ** 24, 2 ** 26)}
 SECONDS = 1.0
 
 
-# ---- Data ---------------------------------------------------------------------------------------
+# ---- The test set -------------------------------------------------------------------------------
 
 def test_data(checkpoint, data_dir, workers, timesteps=None):
     """The test set of the data a network was trained on, normalised, split and cut as there."""
-    described = checkpoint["data"]
+    about = checkpoint["data"]
+    # Recordings of events are cut into as many frames as the network takes steps.
     frames = timesteps or checkpoint["network"]["timesteps"]
-    events = described.get("dvs_split"), described.get("bin_by")
-    size = described["image_size"]
-    dataset = data.load(described["name"], data_dir, size, workers, frames, *events)
-    if described.get("classes"):
-        dataset.keep_classes(described["classes"])
+    dataset = data.load(about["name"], data_dir, about["image_size"], workers, frames,
+                        about.get("dvs_split"), about.get("bin_by"))
+    if about.get("classes"):
+        dataset.keep_classes(about["classes"])
     check_classes(checkpoint, dataset, data_dir)
-    # Those of the training images, whatever lies in the folder by now.
-    dataset.mean, dataset.std = described["mean"], described["std"]
+    # The network expects the scale of its own training images, whatever the folder holds by now.
+    dataset.mean, dataset.std = about["mean"], about["std"]
     return dataset
 
 
 def take(dataset, batch_size, images=None):
-    """The test batches (x, y) without padding, of the first `images` images only if given."""
+    """The test batches (x, y) without padding; only the first `images` images, if given."""
     left = images or math.inf
     for x, y in dataset.test(batch_size):
-        # Padding has the label -1.
+        # Images that only fill up the last batch have the label -1.
         n = min(left, (y >= 0).sum().item())
         yield x[:n], y[:n]
         left -= n
@@ -75,86 +73,91 @@ def take(dataset, batch_size, images=None):
             return
 
 
-# ---- Spikes, operations, energy -----------------------------------------------------------------
+# ---- Spikes -------------------------------------------------------------------------------------
 
 def neurons_of(model):
-    # {name: layer}, in the order of computation.
+    """{name: layer} of all neuron layers, in the order of computation."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, TrLIF)}
 
 
 def observe(model, batches, amp=False):
-    """evaluate(), and the spikes that flowed meanwhile, summed over the images.
+    """evaluate(), and the spikes that flowed meanwhile, summed over all images.
 
-    Returns (result, counts). counts, whose size does not grow with the number of images:
-    {neuron layer: [T, *neurons], pooling: [1, *outputs], "NAME k^T v": additions in attention NAME,
-    "events": spikes in the input, "analog": other values in the input, both [C, H, W]}.
+    Returns (result, counts). The size of counts does not grow with the number of images:
+    name of a neuron layer   spikes of each neuron at each step, [T, *neurons]
+    name of a pooling        spikes that it let through, all steps together, [1, *outputs]
+    "NAME k^T v"             additions inside the attention NAME
+    "events", "analog"       spikes, and other values, in the input, both [C, H, W]
     """
-    # The hooks stay on the copy.
+    # Hooks go on a copy, so that none stay behind on the network.
     model = copy.deepcopy(model)
     counts, latest = collections.defaultdict(float), {}
 
-    def at_input(_, inputs):
+    def count_input(_, inputs):
+        # An image is analog. In event frames a whole number k stands for k spikes.
         x = inputs[0] if inputs[0].dim() == 4 else inputs[0].flatten(0, 1)
-        # An image is analog. A whole number k in an event frame is k spikes, all else analog too.
-        whole = (x == x.round()) & (x >= 0) & (inputs[0].dim() == 5)
-        counts["events"] += (x * whole).double().sum(0)
-        counts["analog"] += (~whole).double().sum(0)
+        spikes = (x == x.round()) & (x >= 0) & (inputs[0].dim() == 5)
+        counts["events"] += (x * spikes).double().sum(0)
+        counts["analog"] += (~spikes).double().sum(0)
 
-    def at_spikes(name):
+    def count_spikes(name):
         def hook(layer, _, output):
-            # Of neurons [T, B, ...], of pooling [T*B, ...]: as one step.
-            fired = output if isinstance(layer, TrLIF) else output[None]
-            # float32 counts exactly up to 2^24 images a batch.
-            counts[name] += (fired != 0).float().sum(1).double()
+            # Neurons give [T, B, ...], pooling gives [T*B, ...] and is counted as a single step.
+            spikes = output if isinstance(layer, TrLIF) else output[None]
+            # The sum over a batch is exact in float32 up to 2^24 images.
+            counts[name] += (spikes != 0).float().sum(1).double()
         return hook
 
-    def at_attention(name, part, heads):
+    def count_products(name, part, heads):
         def hook(_, inputs, output):
-            # [T, B, N, D] -> [T, B, N, heads]
-            latest[name, part] = (output != 0).unflatten(3, (heads, -1)).sum(4).double()
-            # v comes after k. Entry (a, b) of k^T v adds 1 for every token in which k_a and v_b
-            # both fired: in each head, spikes of k times spikes of v.
+            # The spikes of each token and head: [T, B, N, D] -> [T, B, N, heads].
+            latest[part] = (output != 0).unflatten(3, (heads, -1)).sum(4).double()
+            # Entry (a, b) of a head's k^T v adds 1 for every token in which k_a and v_b fire. So a
+            # token makes spikes of k times spikes of v additions. v is computed after k.
             if part == "v":
-                counts[f"{name} k^T v"] += (latest[name, "k"] * latest[name, "v"]).sum()
+                counts[f"{name} k^T v"] += (latest["k"] * latest["v"]).sum()
         return hook
 
-    model.register_forward_pre_hook(at_input)
+    model.register_forward_pre_hook(count_input)
     pools = [pool for _, pool in models.pooling(model)]
     for name, layer in model.named_modules():
         if isinstance(layer, TrLIF) or layer in pools:
-            layer.register_forward_hook(at_spikes(name))
+            layer.register_forward_hook(count_spikes(name))
         elif isinstance(layer, models.SpikingSelfAttention):
-            layer.k.lif.register_forward_hook(at_attention(name, "k", layer.heads))
-            layer.v.lif.register_forward_hook(at_attention(name, "v", layer.heads))
+            layer.k.lif.register_forward_hook(count_products(name, "k", layer.heads))
+            layer.v.lif.register_forward_hook(count_products(name, "v", layer.heads))
     return evaluate(model, batches, amp), counts
 
 
+# ---- Operations and energy ----------------------------------------------------------------------
+
 def fan_out(layer, size):
-    """The connections that leave each place of a layer's input: a number, or [H, W] of size for
-    a convolution, borders and strides counted exactly."""
+    """The connections that leave each place of a layer's input: a number, or for a convolution
+    [H, W] of the given size, with borders and strides counted exactly."""
     if isinstance(layer, nn.Sequential) and len(layer) > 0:
         layer = layer[0]
     if isinstance(layer, nn.Linear):
         return layer.out_features
     if not isinstance(layer, nn.Conv2d):
-        # A plain shortcut leads to one neuron.
+        # A plain shortcut leads from each neuron to one other.
         return 1
-    # The derivative of a convolution with ones, summed: the number of taps that read a place.
+    # The output sums, over all kernel positions, the places they read. With a kernel of ones its
+    # derivative by a place is the number of positions that read it.
     x, ones = torch.zeros(1, 1, *size, requires_grad=True), torch.ones(1, 1, *layer.kernel_size)
     with torch.enable_grad():
-        reached = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation).sum()
-    (taps,) = torch.autograd.grad(reached, x)
-    return taps[0, 0].double() * (layer.out_channels // layer.groups)
+        total = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation).sum()
+    (reads,) = torch.autograd.grad(total, x)
+    return reads[0, 0].double() * (layer.out_channels // layer.groups)
 
 
 def operations(model, counts, images):
     """What each layer does for an image on average, given what observe() counted: a list of dicts.
 
     layer         its name
-    spikes        that arrived there
+    spikes        that arrive there
     acs           accumulates: one for each spike and connection
     macs          multiply-accumulates, on analog input
-    dense         those of a conventional network's layer: one for each input and connection
+    dense         those of the same layer in a conventional network, one for each connection
     pj, dense_pj  energy in pJ
     """
     names = {module: name for name, module in model.named_modules()}
@@ -168,29 +171,29 @@ def operations(model, counts, images):
         rows.append({"layer": name, **row, "pj": pj, "dense_pj": PJ_PER_MAC * row["dense"]})
 
     for layer, sources in models.synapses(model):
-        # Spikes that arrived at each place, [C, H, W] or [N, D], source by source: those of all
-        # steps, and where there is pooling, what it let through.
+        # The spikes of each source that arrive at each place, [C, H, W] or [N, D], over all steps.
+        # Behind a pooling those that it let through arrive.
         leaving = [names[pools.get(source, source)] for source in sources]
-        arrived = [counts[name].sum(0) for name in leaving] or [counts["events"]]
-        # Each spike goes to so many neurons.
-        fan = fan_out(layer, arrived[0].shape[1:])
-        dense = (torch.ones_like(arrived[0]) * fan).sum()
-        if layer is model.head:
-            # A conventional head reads the mean over places.
-            dense = layer.out_features * arrived[0].shape[0 if arrived[0].dim() == 3 else 1]
-        elif not any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in layer):
-            # A plain shortcut only adds.
-            dense = 0
-        acs = sum((spikes * fan).sum() for spikes in arrived)
+        arriving = [counts[name].sum(0) for name in leaving] or [counts["events"]]
+        fan = fan_out(layer, arriving[0].shape[1:])
+        acs = sum((spikes * fan).sum() for spikes in arriving)
+        # Only the first layer sees analog values.
         macs = 0 if sources else (counts["analog"] * fan).sum()
-        add(names[layer], sum(spikes.sum() for spikes in arrived), acs, macs, dense)
-    # Two more products in attention, of spikes with spikes.
+        dense = (torch.ones_like(arriving[0]) * fan).sum()
+        if layer is model.head:
+            # A conventional head reads the mean over places, one value a channel.
+            dense = layer.out_features * arriving[0].shape[0 if arriving[0].dim() == 3 else 1]
+        elif not any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in layer):
+            # A plain shortcut of a conventional network has no weights: it only adds.
+            dense = 0
+        add(names[layer], sum(spikes.sum() for spikes in arriving), acs, macs, dense)
+    # Attention multiplies spikes with spikes, twice.
     for name, layer in model.named_modules():
         if isinstance(layer, models.SpikingSelfAttention):
-            # Each [T, N, D].
             q, k, v = (counts[f"{name}.{part}.lif"] for part in "qkv")
-            # A spike of q adds a row of so many whole numbers.
+            # Every spike of q adds one row of its head's k^T v.
             width = q.shape[2] // layer.heads
+            # q is [T, N, D]: one step of it tells the size of both dense products.
             dense = q[0].numel() * width
             add(f"{name} k^T v", k.sum() + v.sum(), counts[f"{name} k^T v"], 0, dense)
             add(f"{name} q (k^T v)", q.sum(), q.sum() * width, 0, dense)
@@ -200,37 +203,39 @@ def operations(model, counts, images):
 # ---- Membrane potentials ------------------------------------------------------------------------
 
 def histogram(v, theta):
-    """The law of v / theta as counts [BINS]. What lies beyond the range is in the last bin."""
+    """The distribution of v / theta as counts [BINS]. What lies beyond the range is in the last
+    bin of its side."""
     bins = (v * (BINS_PER_THRESHOLD / theta) + BINS / 2).clamp(0, BINS - 1).int()
     return torch.bincount(bins.flatten(), minlength=BINS)
 
 
 def potentials(model, batches, T, steps, v_init=None, amp=False):
-    """evaluate() over so many steps, and the laws of v[t] / theta after the reset.
+    """evaluate() over so many steps, and the distributions of v[t] / theta after the reset.
 
     v_init   where potentials start, if not where the network has learnt to
-    Returns (result, {neuron layer: [T + 1, BINS]}). Rows are t = 1 ... T and the stationary law,
-    pooled over the last T steps. An image is shown on, the frames of a recording are repeated.
+    Returns (result, {neuron layer: [T + 1, BINS]}). The rows are t = 1 ... T and the stationary
+    distribution, that of the last T steps. An image is shown on, frames are repeated.
     """
-    # The hooks stay on the copy.
+    # Hooks go on a copy, so that none stay behind on the network.
     model, laws = copy.deepcopy(model), {}
     model.timesteps = steps
 
-    def at_neurons(law):
+    def record(law):
         def hook(layer, inputs, _):
+            # A layer returns no potentials. Its neurons run again, a step at a time.
             v, theta = layer.v_init, layer.threshold
-            # The neuron again, a step at a time, for its potentials.
             for t in range(steps):
                 _, v, _ = lif(inputs[0][t:t + 1], v, theta, layer.decay, layer.surrogate)
                 if t < T or t >= steps - T:
                     law[min(t, T)] += histogram(v, theta)
         return hook
+
     for name, layer in neurons_of(model).items():
         laws[name] = torch.zeros(T + 1, BINS, dtype=torch.long, device=layer.v_init.device)
-        layer.register_forward_hook(at_neurons(laws[name]))
+        layer.register_forward_hook(record(laws[name]))
         if v_init is not None:
             layer.v_init.fill_(v_init)
-    # 0 ... T - 1, 0 ... T - 1, and so on.
+    # The frames of a recording are shown as 0 ... T - 1, 0 ... T - 1, and so on.
     frames = torch.arange(steps) % T
     shown = ((x if x.dim() == 4 else x[:, frames], y) for x, y in batches)
     result = evaluate(model, shown, amp)
@@ -238,60 +243,61 @@ def potentials(model, batches, T, steps, v_init=None, amp=False):
 
 
 def wasserstein(laws, reference):
-    """1-Wasserstein distance in thresholds of laws given as counts [..., BINS]: the area between
-    the cumulative laws. A bin does not tell where in it a potential is: off by at most one bin."""
-    # From counts to shares: both laws may come from any number of potentials.
+    """1-Wasserstein distance in thresholds between distributions given as counts [..., BINS]: the
+    area between their cumulative distributions. It is off by at most the width of a bin."""
+    # Counts become shares, because the two may be of different numbers of potentials.
     laws, reference = (counts.double() / counts.double().sum(-1, keepdim=True)
                        for counts in (laws, reference))
     return (laws - reference).cumsum(-1).abs().sum(-1) / BINS_PER_THRESHOLD
 
 
-# ---- Reports ------------------------------------------------------------------------------------
+# ---- Tables -------------------------------------------------------------------------------------
 
-def inspect(path, checkpoint, model, dataset, batch_size, images=None, amp=False):
-    # All that report(), comparison() and plot() show of one checkpoint, as attributes.
+def examine(path, checkpoint, model, dataset, batch_size, images=None, amp=False):
+    """All that report(), comparison() and plot() show of a checkpoint, as attributes."""
     result, counts = observe(model, take(dataset, batch_size, images), amp)
     T, network, images = dataset.frames or model.timesteps, checkpoint["network"], result["images"]
     study = SimpleNamespace(path=str(path), arch=network["arch"], T=T, result=result)
-    study.title = f"{path}: {network['arch']}, width {network['width']}, T = {T}, "
-    study.title += f"{checkpoint['data']['name']}, {images:,d} test images, "
-    study.title += f"top-1 {percent(result['top1'])}"
-    # A folded network has more where sources keep weights of their own.
+    study.title = (f"{path}: {network['arch']}, width {network['width']}, T = {T}, "
+                   f"{checkpoint['data']['name']}, {images:,d} test images, "
+                   f"top-1 {percent(result['top1'])}")
     study.parameters = sum(p.numel() for p in model.parameters())
     study.neurons = neurons_of(model)
-    # Run on for 4 T steps, or longer where a leak is slow: until (1 - k)^steps, what is left of the
-    # start, is 1 %. The last T steps then give the stationary law.
-    kept = max(1 - layer.decay.item() for layer in study.neurons.values())
-    settled = math.log(0.01) / math.log(min(max(kept, 1e-6), 1 - 1e-6))
-    study.steps = T + min(max(4 * T, math.ceil(settled)), max(64, T))
-    study.runs = {}
-    # So many steps would take longer to compile than these few batches take.
+
+    # Potentials from both starts, over T steps and on until they have settled: a leak of tau = 4
+    # leaves 1 % of the start after 16 steps. The last T steps then show the stationary law.
+    study.steps, study.runs = 5 * T + 16, {}
+    # The plain loop, because so many steps take longer to compile than these few batches take.
     fused, neuron.COMPILE = neuron.COMPILE, False
     for start, v_init in (("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0)):
-        # More steps, fewer images at a time.
+        # More steps need smaller batches in the same memory.
         batches = take(dataset, max(1, batch_size * T // study.steps), images)
         longer, laws = potentials(model, batches, T, study.steps, v_init, amp)
-        # [layers, T]
+        # The distance of each layer's potentials at each step from the stationary law, [layers, T].
         shift = torch.stack([wasserstein(law[:T], law[T]) for law in laws.values()])
         study.runs[start] = SimpleNamespace(top1_at=longer["top1_at"], laws=laws, shift=shift)
     neuron.COMPILE = fused
-    # Spikes an image, {neuron layer: [T, *neurons]}, and their mean over the neurons of a layer.
+
+    # Spikes an image: {neuron layer: [T, *neurons]}.
     spikes = {name: counts[name].cpu() / images for name in study.neurons}
     study.rates = {name: count.flatten(1).mean(1) for name, count in spikes.items()}
-    study.size = sum(count[0].numel() for count in spikes.values())
     study.spikes = sum(count.sum().item() for count in spikes.values())
+    # The number of neurons in the network.
+    study.size = sum(count[0].numel() for count in spikes.values())
     study.operations = operations(model, counts, images)
-    # A conventional network has no spikes: multiply-accumulates everywhere, in a single pass.
     study.mj = 1e-9 * sum(row["pj"] for row in study.operations)
     study.dense_mj = 1e-9 * sum(row["dense_pj"] for row in study.operations)
     return study
 
 
 def table(header, rows):
-    # Markdown, aligned to be read as plain text, too. header: "a | b | c".
+    """A table in Markdown whose columns are aligned, so that it can be read as plain text too.
+
+    header: the names of the columns as "a | b | c"; rows: lists of cells.
+    """
     rows = [header.split(" | "), *([str(cell) for cell in row] for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
-    # The first column is left-aligned, the others right-aligned.
+    # The first column is aligned to the left, the others to the right.
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = ""
     for first, *others in [rows[0], rule, *rows[1:]]:
@@ -300,23 +306,23 @@ def table(header, rows):
     return lines
 
 
-def percent(value):
-    # Of a share from 0 to 1.
-    return f"{100 * value:.2f} %"
+def percent(share):
+    """A share from 0 to 1 in per cent, as text."""
+    return f"{100 * share:.2f} %"
 
 
 def comparison(studies):
-    # One row a checkpoint.
+    """A table with a row for each checkpoint, as Markdown."""
     rows = []
     for study in studies:
-        # The last one is the accuracy proper.
-        right = ", ".join(percent(share) for share in study.result["top1_at"])
+        accuracy = ", ".join(percent(share) for share in study.result["top1_at"])
         rate = percent(study.spikes / study.T / study.size)
-        row = [study.path, study.arch, study.T, f"{study.parameters:,d}", right, rate]
+        row = [study.path, study.arch, study.T, f"{study.parameters:,d}", accuracy, rate]
         row += [f"{study.spikes:,.0f}", f"{study.mj:.4g} mJ", f"{study.dense_mj:.4g} mJ"]
+        # The mean over layers of the shift at t = 1, from both starts.
         rows.append(row + [f"{run.shift[:, 0].mean():.3f}" for run in study.runs.values()])
-    header = "checkpoint | network | T | parameters | top-1 after t = 1, 2, ... | firing rate | "
-    header += "spikes/image | energy/image | conventional | shift at t=1 | with v[0] = 0"
+    header = ("checkpoint | network | T | parameters | top-1 after t = 1, 2, ... | firing rate | "
+              "spikes/image | energy/image | conventional | shift at t=1 | with v[0] = 0")
     return f"""{table(header, rows)}
 Firing rate: spikes a neuron and step. Energy: arithmetic only, 45 nm, 4.6 pJ a multiply-accumulate
 and 0.9 pJ an accumulate; conventional: the same network in one pass, all multiply-accumulates.
@@ -326,7 +332,7 @@ mean over layers), as the network is and started at 0.
 
 
 def neuron_table(study, times):
-    # What each layer has learnt, and how often it fires.
+    """What each neuron layer has learnt, and how often it fires at each step."""
     rows = []
     for name, layer in study.neurons.items():
         learnt = [f"{value.item():.3f}" for value in (layer.threshold, layer.tau, layer.v_init)]
@@ -335,33 +341,33 @@ def neuron_table(study, times):
 
 
 def shift_table(study, times):
-    # [1 + layers, starts * T], the mean over layers first.
+    """The temporal covariate shift of each layer from both starts, their mean in the first row."""
     shift = torch.cat([run.shift for run in study.runs.values()], 1)
-    shift = torch.cat([shift.mean(0, keepdim=True), shift])
     rows = []
-    for name, distances in zip(["mean over layers", *study.neurons], shift):
+    for name, distances in zip(["mean over layers", *study.neurons], [shift.mean(0), *shift]):
         rows.append([name, *(f"{distance:.3f}" for distance in distances)])
     return table(f"layer | {times} | {times.replace('t', 'from 0: t')}", rows)
 
 
 def operation_table(study):
-    # Energies in nJ, as in the picture.
+    """Operations and energy of each layer with weights, for an image."""
     rows = []
     for row in study.operations:
         counted = [f"{row['spikes']:,.1f}", f"{row['acs']:,.0f}", f"{row['macs']:,.0f}"]
+        # From pJ to nJ.
         energy = [f"{row[key] * 1e-3:,.3f}" for key in ("pj", "dense_pj")]
         rows.append([row["layer"], *counted, *energy])
-    header = "layer | spikes in | accumulates | multiply-accumulates | energy (nJ)"
-    return table(f"{header} | conventional (nJ)", rows)
+    return table("layer | spikes in | accumulates | multiply-accumulates | energy (nJ) | "
+                 "conventional (nJ)", rows)
 
 
 def report(study):
-    # What inspect() found, as Markdown. {times}: one column a time step.
+    """All about one checkpoint, as Markdown."""
+    # The names of the columns, one for each time step.
     times = " | ".join(f"t={t}" for t in range(1, study.T + 1))
     accuracy = []
     for start, run in study.runs.items():
         accuracy.append([start, *(percent(share) for share in run.top1_at[:study.T])])
-    # Totals over the layers.
     acs, macs, dense = (sum(row[key] for row in study.operations)
                         for key in ("acs", "macs", "dense"))
     return f"""# {study.title}
@@ -400,23 +406,24 @@ biases or pooling, nor the {study.size * study.T:,d} updates of neurons.
 # ---- Pictures -----------------------------------------------------------------------------------
 
 def pyplot():
-    # Only pictures need matplotlib.
+    """matplotlib.pyplot, with the settings that all pictures share."""
+    # Imported here, because only pictures need it.
     try:
         import matplotlib
     except ImportError as error:
         raise UserError("pictures need matplotlib: pip install matplotlib") from error
-    # Draws into files, without a screen.
+    # Agg draws into files and needs no screen.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8})
-    plt.rcParams.update({"font.size": 9, "figure.constrained_layout.use": True})
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8,
+                         "font.size": 9, "figure.constrained_layout.use": True})
     return plt
 
 
 def save_figure(figure, path):
-    # Closed, or matplotlib would keep every figure of a comparison.
     data.write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    # matplotlib keeps every figure in memory until it is closed.
     pyplot().close(figure)
 
 
@@ -425,29 +432,33 @@ def describe(panel, title, x, y):
 
 
 def draw_laws(panel, laws, labels, colours):
-    # Densities of v / theta from counts [n + 1, BINS], in bins of 1/16 threshold.
-    law = laws.unflatten(1, (-1, BINS_PER_THRESHOLD // 16)).sum(2).double()
-    law = 16 * law / law.sum(1, keepdim=True)
-    edges = torch.linspace(-RANGE, RANGE, law.shape[1] + 1)
-    # Where all laws are next to 0 there is nothing to see.
-    visible = (law.amax(0) > 0.01).nonzero()
+    """Distributions of v / theta as lines, the stationary one, the last of laws, as an area.
+
+    laws: counts [n + 1, BINS]
+    """
+    # From counts to densities, in wider bins of 1/16 threshold.
+    density = laws.unflatten(1, (-1, BINS_PER_THRESHOLD // 16)).sum(2).double()
+    density = 16 * density / density.sum(1, keepdim=True)
+    edges = torch.linspace(-RANGE, RANGE, density.shape[1] + 1)
+    # Only the part of the axis where there is something to see.
+    visible = (density.amax(0) > 0.01).nonzero()
     first, last = visible[0].item(), visible[-1].item() + 1
-    law, edges = law[:, first:last], edges[first:last + 1]
-    panel.stairs(law[-1], edges, fill=True, color="lightgrey", label="stationary")
-    for density, label, colour in zip(law, labels, colours):
-        panel.stairs(density, edges, color=colour, lw=1.5, label=label)
+    density, edges = density[:, first:last], edges[first:last + 1]
+    panel.stairs(density[-1], edges, fill=True, color="lightgrey", label="stationary")
+    for line, label, colour in zip(density, labels, colours):
+        panel.stairs(line, edges, color=colour, lw=1.5, label=label)
 
 
 def draw_curves(accuracy, rate, shift, study, colours):
+    """Accuracy over the steps; firing rate and covariate shift over the layers."""
     # The dotted line is where the network was trained to be read out.
     accuracy.axvline(study.T, color="grey", lw=1, ls=":", label=f"T = {study.T}")
     for (start, run), style in zip(study.runs.items(), ("o-", "s--")):
-        right = [100 * share for share in run.top1_at]
-        accuracy.plot(range(1, study.steps + 1), right, style, ms=4, label=start)
+        top1 = [100 * share for share in run.top1_at]
+        accuracy.plot(range(1, study.steps + 1), top1, style, ms=4, label=start)
         shift.plot(run.shift[:, 0], style, ms=4, label=start)
-    # A line a time step, over the layers.
     for t, colour in enumerate(colours):
-        rates = [100 * rates[t] for rates in study.rates.values()]
+        rates = [100 * layer[t] for layer in study.rates.values()]
         rate.plot(rates, ".-", color=colour, label=f"t = {t + 1}")
     describe(accuracy, "Accuracy when read out after t steps", "time step t", "top-1 (%)")
     describe(rate, "Firing rate", "neuron layer", "spikes a neuron and step (%)")
@@ -456,123 +467,63 @@ def draw_curves(accuracy, rate, shift, study, colours):
 
 
 def draw_energy(panel, study):
-    # Spiking in front of conventional: its bars are lower and narrower.
-    conventional = [row["dense_pj"] * 1e-3 for row in study.operations]
-    label, layers = f"conventional: {study.dense_mj:.3g} mJ", range(len(conventional))
-    panel.bar(layers, conventional, 0.9, color="lightgrey", label=label)
-    spiking = [row["pj"] * 1e-3 for row in study.operations]
+    """The energy of each layer, beside that of a conventional network."""
+    layers = range(len(study.operations))
+    spiking, dense = ([row[key] * 1e-3 for row in study.operations] for key in ("pj", "dense_pj"))
+    # The wide bars are drawn first, so that the narrow ones stand before them.
+    panel.bar(layers, dense, 0.9, color="lightgrey", label=f"conventional: {study.dense_mj:.3g} mJ")
     panel.bar(layers, spiking, 0.5, label=f"spiking: {study.mj:.3g} mJ")
-    title = "Energy an image (45 nm, arithmetic only)"
-    describe(panel, title, "layer with weights", "energy (nJ)")
+    describe(panel, "Energy an image (45 nm, arithmetic only)", "layer with weights", "energy (nJ)")
 
 
 def plot(study, path):
-    # Accuracy, firing rates, covariate shift and energy; below, potentials in four layers with
-    # MP-Init and without.
+    """One checkpoint as a picture: accuracy, firing rates, covariate shift and energy; below them
+    the potentials in four layers, with MP-Init and without."""
     plt, names = pyplot(), list(study.neurons)
     figure, axes = plt.subplots(3, 4, figsize=(20, 13))
     figure.suptitle(study.title, fontsize=13)
-    # From dark to light as time passes.
+    # A colour for each time step, from dark to light.
     colours = [plt.cm.viridis(t / max(study.T, 2)) for t in range(study.T)]
     draw_curves(*axes[0, :3], study, colours)
     draw_energy(axes[0, 3], study)
     layers = [row["layer"] for row in study.operations]
     for panel, labels in zip(axes[0, 1:], (names, names, layers)):
-        # Thirty names are as many as can be read.
+        # An axis has room for some thirty names.
         every = 1 + len(labels) // 30
         panel.set_xticks(range(0, len(labels), every), labels[::every], rotation=90, fontsize=7)
-    # One column a layer; above with MP-Init, below without.
     for column in range(4):
-        # The first layer, the last, and two in between.
+        # The first neuron layer, the last, and two in between.
         i = round(column * (len(names) - 1) / 3)
         for panel, (start, run) in zip(axes[1:, column], study.runs.items()):
             labels = [f"t = {t + 1}, distance {run.shift[i, t]:.3f}" for t in range(study.T)]
             draw_laws(panel, run.laws[names[i]], labels, colours)
-            x = "membrane potential after the reset (thresholds)"
-            describe(panel, f"{names[i]}, {start}", x, "density")
+            describe(panel, f"{names[i]}, {start}",
+                     "membrane potential after the reset (thresholds)", "density")
             panel.set(yscale="log", ylim=(0.01, None))
     for panel in axes.flat:
         panel.legend()
     save_figure(figure, path)
 
 
-# ---- Gradients against the threshold ------------------------------------------------------------
-
-def gradient_norms(surrogate, theta, follow):
-    # {neuron layer: norm of the gradient with respect to its input current}, and the mean firing
-    # rate, of a random resnet19. follow: BatchNorm scales the currents with theta, so that neurons
-    # fire alike whatever theta is; else their variance is 1.
-    torch.manual_seed(0)
-    model = models.build("resnet19", num_classes=10, timesteps=4, width=8, start="kaiming",
-                         threshold=theta, surrogate=surrogate)
-    if follow:
-        models.scale_currents(model, theta)
-    currents, rates = {}, {}
-
-    def at_neurons(name):
-        def hook(_, inputs, output):
-            currents[name], rates[name] = inputs[0], (output != 0).float().mean().item()
-        return hook
-    for name, layer in neurons_of(model).items():
-        layer.register_forward_hook(at_neurons(name))
-    # The value of the loss does not matter, nor what the images show.
-    logits = model(torch.randn(16, 3, 16, 16)).mean(0)
-    loss = F.cross_entropy(logits, torch.arange(16) % 10)
-    norms = [gradient.norm().item() for gradient in torch.autograd.grad(loss, [*currents.values()])]
-    return dict(zip(currents, norms)), sum(rates.values()) / len(rates)
-
-
-def sweep_gradients(path=None):
-    # Print gradient norms for thresholds from 0.1 to 10; draw them into path, if given.
-    print("Norm of the loss's gradient at each neuron layer against the threshold")
-    print("(resnet19, width 8, T = 4, random weights)\n")
-    thetas = [0.1 * 10 ** (i / 4) for i in range(9)]
-    sweeps = {}
-    for follow, currents in ((True, "currents that scale with the threshold"),
-                             (False, "currents of variance 1, whatever the threshold")):
-        for surrogate in ("trsg", "absolute"):
-            sweep = [gradient_norms(surrogate, theta, follow) for theta in thetas]
-            sweeps[f"{surrogate}; {currents}"] = [norms for norms, _ in sweep]
-            # All layers are in the picture, five in the table.
-            names, rows = list(sweep[0][0])[::4], []
-            for theta, (norms, rate) in zip(thetas, sweep):
-                rows.append([f"{theta:.2f}", percent(rate), *(f"{norms[n]:.2e}" for n in names)])
-            print(f"{surrogate}; {currents}\n")
-            print(table(" | ".join(["threshold", "firing rate", *names]), rows))
-    if path:
-        draw_sweeps(thetas, sweeps, path)
-
-
-def draw_sweeps(thetas, sweeps, path):
-    # sweeps: {case: [{layer: norm} for each of thetas]}, four cases.
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(13, 10), sharex=True, sharey=True)
-    for panel, (case, sweep) in zip(axes.flat, sweeps.items()):
-        describe(panel, case, "threshold", "norm of the gradient w.r.t. the input current")
-        for i, name in enumerate(sweep[0]):
-            # Where nothing fires the gradient is 0: no point.
-            line = [norms[name] or math.nan for norms in sweep]
-            panel.loglog(thetas, line, ".-", label=name, color=plt.cm.viridis(i / len(sweep[0])))
-    axes[0, 1].legend(title="neuron layer", loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, path)
-
-
 # ---- Both methods in one picture ----------------------------------------------------------------
 
-# Surrogate, its name, its colour.
+# Each surrogate, its name in the picture, its colour.
 WINDOWS = ("absolute", "fixed window", "tab:orange"), ("trsg", "TrSG", "tab:blue")
+# The neuron of all panels has tau = 2, as a layer starts.
+DECAY = torch.tensor(0.5)
 
 
 def draw_start(panel, title, currents, v_init):
-    # The law of one layer's potential at t = 1, 2, 4, and after the last of the currents [T, N].
-    theta, decay = torch.tensor(1.0), torch.tensor(0.5)
-    # Step by step, as lif returns the last potential only.
-    v, laws = v_init, []
+    """MP-Init's half: the law of a layer's potential at t = 1, 2, 4, and when it has settled.
+
+    currents: [steps, neurons] of mean and deviation 0.5, at threshold 1
+    """
+    theta, v, laws = torch.tensor(1.0), v_init, []
+    # One step at a time, because lif returns the last potential only.
     for x in currents:
-        _, v, _ = lif(x[None], v, theta, decay)
+        _, v, _ = lif(x[None], v, theta, DECAY)
         laws.append(histogram(v, theta))
     laws = torch.stack([laws[0], laws[1], laws[3], laws[-1]])
-    # As seen from the last one, the stationary law.
     distances = wasserstein(laws, laws[-1])
     labels = [f"t = {t}: off by {distance:.2f}" for t, distance in zip((1, 2, 4), distances)]
     draw_laws(panel, laws, labels, ("tab:orange", "tab:green", "tab:blue"))
@@ -583,59 +534,74 @@ def draw_start(panel, title, currents, v_init):
 
 
 def draw_windows(panel):
-    # Where on the axis of potentials the surrogate lets gradients pass, and its share of the law.
-    start, decay = torch.zeros(()), torch.tensor(0.5)
-    for row, value in enumerate((0.25, 1.0, 4.0)):
-        theta = torch.tensor(value)
-        # Currents that scale with theta.
+    """TrSG's half: for three thresholds, the law of the potentials that meet the threshold, and
+    the window in which each surrogate lets gradients pass."""
+    zero, one = torch.zeros(()), torch.ones(())
+    for row, theta in enumerate(torch.tensor([0.25, 1.0, 4.0])):
+        # Currents scale with the threshold. Eight steps settle the potentials.
         x = theta * (0.5 + torch.randn(9, 50000))
-        _, v, _ = lif(x[:8], start, theta, decay)
-        # charge, in the ninth step: the potential that meets the threshold.
-        h = (v + decay * (x[8] - v)).sort().values
+        _, v, _ = lif(x[:8], zero, theta, DECAY)
+        # Charge, in the ninth step: the potential before firing.
+        h = (v + DECAY * (x[8] - v)).sort().values
         law, edges = torch.histogram(h, 120, range=(-4.0, 8.0))
         panel.stairs(row + 0.6 * law / law.max(), edges, baseline=row, fill=True, color="lightgrey")
         panel.text(-3.9, row + 0.3, f"threshold {theta:g}")
         for top, (surrogate, name, colour) in zip((0, -0.15), WINDOWS):
-            # do/dh by the neuron itself: with v[0] = 0 and k = 1 its potential is the current.
+            # The neuron itself tells do/dh: with v[0] = 0 and k = 1 its potential is the current.
             current = h[None].requires_grad_()
-            (o,), _, _ = lif(current, start, theta, torch.ones(()), surrogate)
+            (o,), _, _ = lif(current, zero, theta, one, surrogate)
             inside = torch.autograd.grad(o.sum(), current)[0][0] > 0
             seen = h[inside].detach()
             panel.fill_between(seen, row + top - 0.13, row + top, color=colour, lw=0)
-            label = f"{name}: {100 * len(seen) / len(h):.0f} %"
-            panel.text(6.2, row + top - 0.12, label, color=colour, fontsize=8)
-    title = "TrSG: the window scales with the threshold"
-    describe(panel, title, "membrane potential before firing (%: share in the window)", None)
+            panel.text(6.2, row + top - 0.12, f"{name}: {100 * len(seen) / len(h):.0f} %",
+                       color=colour, fontsize=8)
+    describe(panel, "TrSG: the window scales with the threshold",
+             "membrane potential before firing (%: share in the window)", None)
     panel.set(yticks=[], xticks=range(-4, 9, 2), xlim=(-4, 10.4), ylim=(-0.4, 2.8))
 
 
+def gradient_norm(surrogate, theta):
+    """The norm of the loss's gradient at the first neuron layer of a random resnet19 whose
+    currents scale with theta."""
+    torch.manual_seed(0)
+    model = models.build("resnet19", num_classes=10, timesteps=4, width=8, start="kaiming",
+                         threshold=theta, surrogate=surrogate)
+    # Neurons then fire alike whatever theta is, and only the window makes a difference.
+    models.scale_currents(model, theta)
+    currents = []
+    model.lif.register_forward_pre_hook(lambda layer, inputs: currents.append(inputs[0]))
+    # Neither the images nor the classes matter: random ones do.
+    logits = model(torch.randn(16, 3, 16, 16)).mean(0)
+    loss = F.cross_entropy(logits, torch.arange(16) % 10)
+    return torch.autograd.grad(loss, currents)[0].norm().item()
+
+
 def draw_gradients(panel):
-    # Where currents scale with theta, neurons fire alike: only the window makes a difference.
+    """What the windows make of the gradients of a network."""
     thetas = (0.25, 0.5, 1, 2, 4)
-    for surrogate, label, colour in WINDOWS:
-        norms = [gradient_norms(surrogate, theta, True)[0]["lif"] for theta in thetas]
-        panel.loglog(thetas, norms, "o-", color=colour, label=label)
-    title = "... so that gradients keep their size"
-    describe(panel, title, "threshold (currents scale with it)", "gradient norm, first layer of 17")
-    # Ticks at the thresholds themselves, no powers of ten between.
+    for surrogate, name, colour in WINDOWS:
+        norms = [gradient_norm(surrogate, theta) for theta in thetas]
+        panel.loglog(thetas, norms, "o-", color=colour, label=name)
+    describe(panel, "... so that gradients keep their size",
+             "threshold (currents scale with it)", "gradient norm, first layer of 17")
+    # Ticks at the thresholds themselves instead of powers of ten.
     panel.minorticks_off()
     panel.set_xticks(thetas, thetas)
     panel.legend()
 
 
 def picture(path):
-    # Both methods, without a checkpoint. Left MP-Init, for currents of mean 0.5 and deviation 0.5
-    # at threshold 1, tau 2; right TrSG, for currents that scale with the threshold.
+    """Both methods in one picture, without a checkpoint: MP-Init on the left, TrSG on the right."""
     figure, axes = pyplot().subplots(2, 2, figsize=(9, 6))
     torch.manual_seed(0)
+    # A layer learns its start: after 60 batches 0.9^60 = 0.2 % of the first value are left.
     layer = TrLIF()
-    # The mean settles: (1 - 0.1)^60 is 0.002.
     for _ in range(60):
         layer(0.5 + 0.5 * torch.randn(4, 10000))
-    # After 25 steps nothing is left of the start.
+    # After 25 steps nothing is left of the start of a potential.
     currents = 0.5 + 0.5 * torch.randn(25, 100000)
-    start = torch.zeros(())
-    draw_start(axes[0, 0], "Start at 0: early steps are unlike later ones", currents, start)
+    zero = torch.zeros(())
+    draw_start(axes[0, 0], "Start at 0: early steps are unlike later ones", currents, zero)
     draw_start(axes[1, 0], "MP-Init: start at the running mean", currents, layer.v_init)
     draw_windows(axes[0, 1])
     draw_gradients(axes[1, 1])
@@ -645,144 +611,147 @@ def picture(path):
 # ---- Speed --------------------------------------------------------------------------------------
 
 def layer_times(neurons, T, device, dtype):
-    # Forward + backward of one layer in ms: plain, fused, and the floor that memory sets.
+    """Forward and backward of one layer in ms: (plain, fused, the floor that memory sets)."""
     x = torch.randn(T, neurons, device=device, dtype=dtype, requires_grad=True)
-    # The gradient that would arrive from the next layer, in the dtype of the spikes.
     gradient, copied, layer = torch.randn_like(x), torch.empty_like(x), TrLIF().to(device)
 
     def step():
         x.grad = None
+        # The gradient of the spikes arrives in their dtype.
         layer(x).backward(gradient)
 
     def milliseconds(function):
-        # Timer warms up, and waits for the GPU.
+        # Timer warms up, and waits for a GPU.
         timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
         return 1e3 * timer.blocked_autorange(min_run_time=SECONDS).median
-    # A layer looks at COMPILE in every call.
+
     before, times = neuron.COMPILE, []
-    for fused in (False, True):
-        neuron.COMPILE = fused
+    for neuron.COMPILE in (False, True):
         times.append(milliseconds(step))
     neuron.COMPILE = before
-    # A copy is 2 passes over memory. No layer can do with fewer than 5: read x, write spikes; read
-    # x and the gradient, write the gradient.
+    # A copy passes over memory twice. A layer cannot do with fewer than 5 passes: read x, write
+    # the spikes; read x and the gradient, write the gradient.
     return *times, 2.5 * milliseconds(lambda: copied.copy_(gradient))
 
 
 def speed(device, T=4):
-    # Print the time of one layer, plain and fused, beside the time its memory traffic takes.
+    """Print the time of one layer, plain and fused, beside the time its memory traffic takes."""
     # What training computes in.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, T = {T}")
     print(f"forward + backward in ms, medians of {SECONDS:g} s each\n")
-    # What Python and the starting of kernels take, whatever the size.
+    # A tiny layer shows what Python and the starting of kernels take, whatever the size.
     _, tiny, _ = layer_times(2 ** 14, T, device, dtype)
     rows = []
     for neurons in NEURONS[device.type]:
         plain, fused, floor = layer_times(neurons, T, device, dtype)
-        row = [f"{neurons:,d}", f"{plain:.2f}", f"{fused:.2f}", f"{floor:.2f}"]
-        row += [f"{fused / floor:.2f}", f"{plain / fused:.1f}"]
-        rows.append([*row, "host-bound" if fused < 1.5 * tiny else ""])
-    header = "neurons | plain loop | fused | floor (5 passes) | fused / floor | plain / fused"
-    print(table(f"{header} | ", rows))
+        rows.append([f"{neurons:,d}", f"{plain:.2f}", f"{fused:.2f}", f"{floor:.2f}",
+                     f"{fused / floor:.2f}", f"{plain / fused:.1f}",
+                     "host-bound" if fused < 1.5 * tiny else ""])
+    header = "neurons | plain loop | fused | floor (5 passes) | fused / floor | plain / fused | "
+    print(table(header, rows))
     print(f"host-bound: starting kernels takes the time ({tiny:.2f} ms for {2 ** 14:,d} neurons)")
 
 
 # ---- The program --------------------------------------------------------------------------------
 
+def file_name(ending):
+    """A type for argparse: the name of a file to write, with this ending."""
+
+    def parse(text):
+        # A checkpoint given here by mistake would be overwritten.
+        if not text.endswith(ending):
+            raise argparse.ArgumentTypeError(f"{text} does not end in {ending}")
+        return train.path(text)
+
+    return parse
+
+
 def arguments(argv=None):
     p = argparse.ArgumentParser("eval.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, file = p.add_argument, train.path
-    add("checkpoint", nargs="*", type=file, help="last.pt or best.pt of a run")
+    add, png = p.add_argument, file_name(".png")
+    add("checkpoint", nargs="*", type=train.path, help="last.pt or best.pt of a run")
     add("--inspect", action="store_true", help="print tables, layer by layer")
-    add("--report", type=file, metavar="FILE.md", help="write the tables into a file")
-    add("--plot", type=file, metavar="FILE.png", help="draw them; the second into FILE-2.png, ...")
-    add("--fold", action="store_true", help="fold the network, compare, go on with it folded")
-    add("--save-folded", type=file, metavar="FILE.pt", help="fold, and write the folded network")
-    add("--picture", type=file, metavar="FILE.png", help="draw what MP-Init and TrSG do")
-    add("--gradients", type=file, nargs="?", const=True, metavar="FILE.png",
-         help="print gradient norms for thresholds from 0.1 to 10, and draw them into a file")
+    add("--report", type=file_name(".md"), metavar="FILE.md", help="write the tables into a file")
+    add("--plot", type=png, metavar="FILE.png", help="draw them; the second into FILE-2.png, ...")
+    add("--save-folded", type=train.path, metavar="FILE.pt",
+        help="fold the network, compare it, write it, and go on with it")
+    add("--picture", type=png, metavar="FILE.png", help="draw what MP-Init and TrSG do")
     add("--speed", action="store_true", help="time one neuron layer")
-    add("--data-dir", type=file, default="data", help="where data sets are (%(default)s)")
+    add("--data-dir", type=train.path, default="data", help="where data sets are (%(default)s)")
     add("--images", type=train.count, metavar="N", help="use the first N test images only")
     add("--batch-size", type=train.count, default=256, metavar="N", help="(%(default)s)")
     add("--timesteps", type=train.count, metavar="T", help="steps, if other than in training")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, if other than in training")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     add("--workers", type=train.count_or_0, default=2, metavar="N",
-         help="processes that decode large images (%(default)s)")
+        help="processes that decode large images (%(default)s)")
     args = p.parse_args(argv)
-    # Another file given by mistake might be a checkpoint.
-    for name, ending in dict(report=".md", plot=".png", picture=".png", gradients=".png").items():
-        path = getattr(args, name)
-        if path not in (None, True) and not path.endswith(ending):
-            p.error(f"--{name} writes a file *{ending}: {path} does not end in {ending}")
     if args.save_folded and len(args.checkpoint) > 1:
         p.error("--save-folded takes one checkpoint")
-    if not (args.checkpoint or args.picture or args.gradients or args.speed):
+    if not (args.checkpoint or args.picture or args.speed):
         p.error("no checkpoint given")
     return args
 
 
 @torch.no_grad()
 def compare_folded(model, folded, batches):
-    # Print how far the predictions and logits of a folded network agree with the original's.
-    # The largest difference of logits in a batch, in units of its largest logit.
+    """Print how well the predictions and logits of a folded network agree with the original's."""
     same = images = difference = 0
     for x, _ in batches:
-        a, b = model(x).mean(0), folded(x).mean(0)
-        same += (a.argmax(1) == b.argmax(1)).sum().item()
+        before, after = model(x).mean(0), folded(x).mean(0)
+        same += (before.argmax(1) == after.argmax(1)).sum().item()
         images += len(x)
-        difference = max(difference, ((a - b).abs().max() / a.abs().max()).item())
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, folded))
+        # In units of the batch's largest logit.
+        relative = (before - after).abs().max() / before.abs().max()
+        difference = max(difference, relative.item())
+    old, new = (sum(p.numel() for p in network.parameters()) for network in (model, folded))
     print(f"folded: same prediction on {percent(same / images)} of {images} images, in float32; "
-          f"logits\ndiffer by {difference:.1e} of the largest at most; {after:,d} parameters "
-          f"instead of {before:,d}")
+          f"logits\ndiffer by {difference:.1e} of the largest at most; {new:,d} parameters "
+          f"instead of {old:,d}")
 
 
-def fold(args, checkpoint, model, dataset):
-    # The folded network, compared with the original and saved if asked for.
+def save_folded(args, checkpoint, model, dataset):
+    """Fold the network, compare it with the original, write it, and return it."""
     if checkpoint.get("folded"):
         raise UserError(f"{args.checkpoint[0]} is folded already")
     folded = models.fold(model).to(memory_format=data.memory_format(args.device))
     compare_folded(model, folded, take(dataset, args.batch_size, args.images))
-    if args.save_folded:
-        # Without the optimizer's state: a folded network is not trained on.
-        kept = {"format", "network", "data", "epoch", "settings"} & set(checkpoint)
-        state = {key: checkpoint[key] for key in kept}
-        state.update(folded=True, model=folded.state_dict())
-        data.write_atomically(args.save_folded, lambda file: torch.save(state, file))
+    # Without the state of the optimizer, because a folded network is not trained on.
+    kept = {"format", "network", "data", "epoch", "settings"} & set(checkpoint)
+    folded_checkpoint = {name: checkpoint[name] for name in kept}
+    folded_checkpoint.update(folded=True, model=folded.state_dict())
+    data.write_atomically(args.save_folded, lambda file: torch.save(folded_checkpoint, file))
     return folded
 
 
 def evaluate_checkpoint(args, path, checkpoint, device):
-    # Print one checkpoint's accuracy. Returns what inspect() finds, or None if it is not wanted.
+    """Print one checkpoint's accuracy. Returns what examine() finds, or None if nobody asked."""
     network = checkpoint["network"]
     model = build_network(checkpoint).to(device, memory_format=data.memory_format(device))
     model.timesteps = args.timesteps or network["timesteps"]
     dataset = test_data(checkpoint, args.data_dir, args.workers, args.timesteps).to(device)
-    about = [f"{path}: {network['arch']}", f"width {network['width']}"]
-    about += [f"T = {dataset.frames or model.timesteps}", dataset.name, dataset.split]
-    about += [f"epoch {checkpoint['epoch'] + 1}", "folded" if checkpoint.get("folded") else None]
+    about = [f"{path}: {network['arch']}", f"width {network['width']}",
+             f"T = {dataset.frames or model.timesteps}", dataset.name, dataset.split,
+             f"epoch {checkpoint['epoch'] + 1}", "folded" if checkpoint.get("folded") else None]
     print(*filter(None, about), sep=", ")
-    # In float32, before anything else is asked of the network.
-    if args.fold or args.save_folded:
-        model = fold(args, checkpoint, model, dataset)
-    # As the training's own evaluation, where the flag does not say otherwise.
+    if args.save_folded:
+        model = save_folded(args, checkpoint, model, dataset)
+    # As the training's own evaluation, unless the flag says otherwise.
     amp = checkpoint.get("settings", {}).get("amp", False) if args.amp is None else args.amp
     print(f"computed in {'bfloat16' if amp else 'float32'}")
-    start = time.perf_counter()
     study, rate = None, ""
     if args.inspect or args.report or args.plot or len(args.checkpoint) > 1:
-        study = inspect(path, checkpoint, model, dataset, args.batch_size, args.images, amp)
+        study = examine(path, checkpoint, model, dataset, args.batch_size, args.images, amp)
         result = study.result
     else:
+        start = time.perf_counter()
         result = evaluate(model, take(dataset, args.batch_size, args.images), amp)
         rate = f", {result['images'] / (time.perf_counter() - start):.0f} images/s"
-    print(f"top-1 {percent(result['top1'])}   top-5 {percent(result['top5'])}", end="   ")
-    print(f"of {result['images']} images{rate}")
+    print(f"top-1 {percent(result['top1'])}   top-5 {percent(result['top5'])}   "
+          f"of {result['images']} images{rate}")
     right = [f"t={t}: {percent(share)}" for t, share in enumerate(result["top1_at"], 1)]
     print("read out after  " + "  ".join(right) + "\n")
     return study
@@ -790,28 +759,23 @@ def evaluate_checkpoint(args, path, checkpoint, device):
 
 def main(argv=None):
     args = arguments(argv)
-    if args.plot or args.picture or args.gradients not in (None, True):
-        # If matplotlib is missing, better say so now than after the work.
+    # Whatever is missing or would be lost is said before the work.
+    if args.plot or args.picture:
         pyplot()
-    # Not over weights that can still be trained.
     if args.save_folded and os.path.isfile(args.save_folded):
         if not load_checkpoint(args.save_folded).get("folded"):
             raise UserError(f"{args.save_folded} is not a folded network: give another name")
     device = train.use_device(args.device)
-    # float32 means float32, on GPUs too, which would round to the 10 bits of TF32.
+    checkpoints = [load_checkpoint(path) for path in args.checkpoint]
+    # float32 means float32 on GPUs too, which would round to the 10 bits of TF32.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     if args.speed:
         speed(device)
-    if args.picture or args.gradients:
-        # Small layers, few calls: compiling would take longer than it saves.
-        neuron.COMPILE = False
     if args.picture:
+        # Compiling takes longer than these few small layers.
+        neuron.COMPILE = False
         picture(args.picture)
-    if args.gradients:
-        sweep_gradients(None if args.gradients is True else args.gradients)
-    # A file that cannot be read is found out before the work.
-    checkpoints = [load_checkpoint(path) for path in args.checkpoint]
     # One after the other: a picture is there before the next checkpoint is looked at.
     studies = []
     for i, (path, checkpoint) in enumerate(zip(args.checkpoint, checkpoints), 1):
