@@ -46,7 +46,7 @@ STATISTICS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
               "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
               "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
               "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-# Folders of images up to this size live on the device, larger ones are streamed.
+# Folders of images up to this size live on the device. Larger images are streamed.
 RESIDENT_UP_TO = 96
 
 
@@ -73,7 +73,7 @@ def check_at_most(flag, n, most, what):
         raise UserError(f"{flag} {n} is more than the {most} {what}")
 
 
-# ---- small sets, on the device
+# ---- Small sets, on the device ------------------------------------------------------------------
 
 class Resident:
     """A data set that lives on the device as uint8, in batches.
@@ -93,16 +93,15 @@ class Resident:
         self.size = tuple(shape[3:] if self.frames else shape[1:3])
         self.pad = self.size[0] // 8 if pad is None else pad
         self.flip, self.cutout, self.augment = flip, 0, False
-        # Whether cropping and normalising are compiled: on a GPU a dozen launches become two.
+        # Whether cropping and normalising are compiled: on a GPU two launches instead of a dozen.
         self.fused = False
         self.sets = {}
         for part, (images, labels) in {"train": train, "test": test}.items():
             images = torch.from_numpy(np.ascontiguousarray(images))
             if self.frames:
-                # Pixels first, as images have them: [N, H, W, T*2].
+                # The frames of a recording become channels of one image, [N, H, W, T*2].
                 images = images.flatten(1, 2).permute(0, 2, 3, 1).contiguous()
             self.sets[part] = images, torch.from_numpy(labels.astype(np.int64))
-        # This sets the scale, too.
         self.to("cpu")
 
     def __len__(self):
@@ -112,7 +111,7 @@ class Resident:
         """Keep n training images, always the same, drawn from all classes."""
         check_at_most("--limit", n, len(self), "training images of " + self.name)
         images, labels = self.sets["train"]
-        # In the original order of labels the first n might be of one class.
+        # The first n might all be of one class.
         keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n]
         self.sets["train"] = images[keep], labels[keep]
 
@@ -122,14 +121,14 @@ class Resident:
         self.classes = self.classes[:n]
         for part, (images, labels) in self.sets.items():
             self.sets[part] = images[labels < n], labels[labels < n]
-            # Prepared arrays may hold a few images only.
+            # Prepared arrays may hold so few images that none is left.
             if not (labels < n).any():
                 raise UserError(f"--classes {n} leaves no {part} image of {self.name}: take more")
 
     def to(self, device):
         for part, (images, labels) in self.sets.items():
             self.sets[part] = images.to(device), labels.to(device)
-        # On the device once: made in every batch, they would wait for the device every time.
+        # Moved once, because a transfer in every batch would wait for the device every time.
         self.scale = [255 * torch.tensor(value * (self.frames or 1), device=device)
                       for value in (self.mean, self.std)]
         return self
@@ -138,8 +137,7 @@ class Resident:
         """The chosen images, uint8 [B, H, W, C], each shifted [B, 2] and mirrored [B]."""
         (H, W), pad = self.size, self.pad
         rows, columns = (torch.arange(n, device=images.device) for n in (H, W))
-        # The row and column that each pixel comes from, [B, H] and [B, W], counted in images with
-        # zeros around them.
+        # The row and column that each pixel comes from, [B, H] and [B, W], in the padded image.
         r = rows + shift[:, :1] + pad
         c = torch.where(mirror[:, None], columns.flip(0), columns) + shift[:, 1:] + pad
         padded = F.pad(images[chosen], (0, 0, pad, pad, pad, pad))
@@ -152,7 +150,7 @@ class Resident:
         mean, std = self.scale
         x = ((x.float() - mean) / std).permute(0, 3, 1, 2)
         if centre is not None:
-            # The square may lie partly outside.
+            # A pixel is outside of the square if it is far away in one direction at least.
             rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in self.size)
             far_y = (rows - centre[:, :1] * len(rows)).abs() > self.cutout / 2
             far_x = (columns - centre[:, 1:] * len(columns)).abs() > self.cutout / 2
@@ -167,9 +165,9 @@ class Resident:
         crop, normalise = self.crop, self.normalise
         if self.fused:
             crop, normalise = torch.compile(crop), torch.compile(normalise)
-        # Drawn for the whole epoch by place in it: an image is treated alike however many
-        # processes there are and wherever a run goes on. The order is drawn on the CPU, so that
-        # it is the same on every device.
+        # Drawn for the whole epoch, by place in it. So an image is treated alike however many
+        # processes there are and wherever a run goes on. The order is drawn on the CPU, so that it
+        # is the same on every device.
         order = torch.randperm(n, generator=draws("cpu", seed, epoch)).to(device)
         how = dict(generator=draws(device, seed, epoch), device=device)
         shift = torch.randint(-self.pad, self.pad + 1, (n, 2), **how)
@@ -186,7 +184,7 @@ class Resident:
     def test(self, batch_size, rank=0, world=1):
         """All test images in order; rank of world gets every world-th."""
         images, labels = self.sets["test"]
-        # All processes get equally many and full batches: what fills up the last has label -1.
+        # All processes get full batches, equally many. What fills up the last ones has label -1.
         for first in range(0, len(labels), batch_size * world):
             index = first + rank + world * torch.arange(batch_size, device=labels.device)
             inside, index = index < len(labels), index.clamp(max=len(labels) - 1)
@@ -197,10 +195,10 @@ def trivial_augment(x, batch_size, rank, world, key):
     """torchvision's TrivialAugmentWide (Mueller 2021) on a process's images of a batch, uint8
     [B, H, W, 3], in place: one random operation of random strength for each sixteenth of the
     (shuffled) whole batch, as one for each image would keep a GPU waiting."""
-    # The sixteenth that each image belongs to: this process has every world-th of the batch.
+    # The sixteenth that each image belongs to. This process has every world-th of the batch.
     group = (rank + world * np.arange(len(x))) * 16 // batch_size
     parts = x.permute(0, 3, 1, 2).split(np.bincount(group, minlength=16).tolist())
-    # torchvision draws from the CPU's global generator, which is to stay as it was.
+    # torchvision draws from the CPU's global generator, whose state comes back afterwards.
     with torch.random.fork_rng(devices=[]):
         for g, part in enumerate(parts):
             if len(part):
@@ -209,7 +207,7 @@ def trivial_augment(x, batch_size, rank, world, key):
     return x
 
 
-# ---- large images, from worker processes
+# ---- Large images, from worker processes --------------------------------------------------------
 
 def files_below(folder, endings):
     """Relative paths of the files below a folder that have one of the endings, sorted by folder
@@ -242,18 +240,18 @@ class ImageTree:
         index, seed = key
         path, label = self.samples[index]
         image = read_image(path)
-        # The transform draws from this generator: what depends on the seed alone does not depend
-        # on the worker. torch.manual_seed would visit every kind of device, which is slow.
+        # The transform draws from this generator, so what it draws does not depend on the worker.
+        # torch.manual_seed would be slow, because it visits every kind of device.
         torch.default_generator.manual_seed(seed)
-        # Index -1, the last image, fills up a batch.
+        # The index -1 stands for an image that only fills up a batch.
         return self.transform(image), label if index >= 0 else -1
 
 
 def image_trees(root):
     """The training and the test images below root, of the same classes."""
-    # ImageNet's test images have no labels and lie in no class folders: val/ is taken there.
     train = ImageTree(root, "train")
-    # Of the two the one with the classes of training.
+    # The test set is test/ or val/, whichever has the classes of training. ImageNet's test images
+    # have no labels and lie in no class folders.
     alike = [name for name in ("test", "val")
              if all((root / name / label).is_dir() for label in train.classes)]
     test = ImageTree(root, *(alike or ("test", "val")))
@@ -267,18 +265,18 @@ def read_image(path):
     """An image file as 8-bit RGB."""
     try:
         with Image.open(path) as image:
-            # Modes I, I;16 and F: Pillow would cut their values off at 255 without a word.
+            # Pillow would cut the values of the modes I, I;16 and F off at 255 without a word.
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bits a channel, convert it to 8")
             return image.convert("RGB")
-    # Bad files end in nearly every kind of error there is.
+    # Bad files end in nearly every kind of error that there is.
     except Exception as error:
         raise UserError(f"{path}: not a readable image: {first_line(error)}") from error
 
 
 def first_line(error):
     """What an error says in one line."""
-    # The first line, and the next where that is but a heading.
+    # The first line, and the next one where the first is only a heading.
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])
 
@@ -296,15 +294,15 @@ def worker_batches(dataset, batches, workers, device="cpu"):
     try:
         yield from loader
     except UserError as error:
-        # The traceback holds the loader, whose workers end with it.
+        # The traceback keeps the loader alive, and with it the workers.
         error.__traceback__ = None
-        # What was said in the worker stands below its traceback.
+        # The message of the worker's error stands below the worker's traceback.
         message = str(error).strip().splitlines()[-1]
         raise UserError(message.removeprefix("data.UserError: ")) from None
 
 
 def ignore_signals(_):
-    # Ctrl-C and a batch system's SIGTERM reach worker processes, too. They go on, so that the
+    # Ctrl-C and a batch system's SIGTERM reach worker processes, too. They must go on, so that the
     # training process can finish its step and save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -312,8 +310,8 @@ def ignore_signals(_):
 
 @atexit.register
 def kill_workers():
-    # At exit multiprocessing would send the workers that are left a SIGTERM, which they ignore,
-    # and wait for them.
+    # At exit multiprocessing would send the remaining workers a SIGTERM, which they ignore, and
+    # wait for them forever.
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -354,7 +352,7 @@ class Streamed:
         mean, std = (255 * torch.tensor(value, device=self.device).view(3, 1, 1)
                      for value in (self.mean, self.std))
         for x, y in worker_batches(tree, batches, self.workers, self.device):
-            # Moved as uint8, a quarter of the size, while the device still computes.
+            # The images move as uint8, a quarter of the size, while the device still computes.
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             x = x.float().sub_(mean).div_(std)
             yield x.contiguous(memory_format=memory_format(self.device)), y
@@ -365,7 +363,7 @@ class Streamed:
             transforms.RandomResizedCrop(self.size[0]), transforms.RandomHorizontalFlip(),
             *augment, transforms.PILToTensor()])
         order = torch.randperm(len(self), generator=draws("cpu", seed, epoch)).tolist()
-        # Every place of an epoch has a seed of its own.
+        # Each place in an epoch has a seed of its own.
         keys = [(self.indices[chosen], zlib.crc32(repr((seed, epoch, place)).encode()))
                 for place, chosen in enumerate(order)]
         return self.normalised(tree, [keys[step * batch_size:(step + 1) * batch_size][rank::world]
@@ -373,16 +371,16 @@ class Streamed:
 
     def test(self, batch_size, rank=0, world=1):
         tree, size, whole = self.trees[1], self.size[0], batch_size * world
-        # 224 pixels from the middle of 256, as is usual for ImageNet, and in proportion.
+        # ImageNet's images are usually resized to 256 pixels and cut to 224. Others in proportion.
         tree.transform = fixed_crop(size, round(size * 256 / 224))
         n = len(tree.samples)
-        # Nothing is drawn here, so all seeds are 0.
+        # Nothing is drawn here, so every seed is 0.
         keys = [(i, 0) for i in range(n)] + [(-1, 0)] * (-n % whole)
         return self.normalised(tree, [keys[first:first + whole][rank::world]
                                       for first in range(0, n, whole)])
 
 
-# ---- finding, downloading, drawing
+# ---- Finding, downloading, drawing --------------------------------------------------------------
 
 def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split="first100",
          bin_by="count"):
@@ -421,12 +419,12 @@ def load_folder(root, size, workers):
     for tree in trees:
         tree.transform = fixed_crop(size, size)
         keys = [(i, 0) for i in range(len(tree.samples))]
-        # Of any size: these are only how work is handed out.
+        # The size of these batches only says how work is handed out.
         batches = [keys[first:first + 64] for first in range(0, len(keys), 64)]
         images, labels = zip(*worker_batches(tree, batches, workers))
         arrays.append((torch.cat(images).permute(0, 2, 3, 1).numpy(), torch.cat(labels).numpy()))
-    # Mean and deviation from a histogram of each channel, [3, 256], an image at a time: np.std
-    # would make a copy of 8 times the size.
+    # Mean and deviation come from a histogram of each channel, [3, 256], because np.std would
+    # make a copy of 8 times the size.
     counts = np.zeros((3, 256), np.int64)
     for image in arrays[0][0]:
         counts += [np.bincount(channel, minlength=256) for channel in image.reshape(-1, 3).T]
@@ -439,14 +437,14 @@ def load_folder(root, size, workers):
 def write_atomically(path, write):
     """write(file) into a file that becomes path: readers see the old or the new, whole."""
     path = pathlib.Path(path)
-    # Beside it, since a rename between disks would be a copy.
+    # In the same folder, because between two disks a rename would be a copy.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            # On the disk before it is renamed: a power failure leaves no empty file.
+            # On the disk before it is renamed, so that a power failure leaves no empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     # torch.save reports a full disk as RuntimeError.
@@ -481,7 +479,7 @@ def read_arrays(paths, shape, classes):
         if images.dtype != np.uint8 or images.shape[1:] != shape or images.size == 0:
             raise UserError(f"{images_path} must be uint8 [N, {', '.join(map(str, shape))}] with "
                             f"N > 0, not {images.dtype} {list(images.shape)}")
-        # Compared with the classes only where they are numbers.
+        # Labels are compared with the number of classes only where they are whole numbers.
         numbers = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
         if not numbers or labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"{labels_path} must hold {len(images)} whole numbers from 0 to "
@@ -493,9 +491,9 @@ def download_cifar(name, root):
     """Images and labels of training and of test, from the original in root."""
     original = getattr(torchvision.datasets, name.upper())
     try:
-        # What is there is only verified, the rest downloaded.
+        # torchvision verifies what is there and downloads the rest.
         train, test = (original(root, train=train, download=True) for train in (True, False))
-    # A network fails in many ways.
+    # A download fails in many ways.
     except Exception as error:
         raise UserError(f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): "
                         f"put {original.filename} from {original.url} there, or prepared arrays "
@@ -515,7 +513,7 @@ def draw_shapes(n, seed, size=32):
     learns it in an epoch or two.
     """
     rng = np.random.default_rng(seed)
-    # As many of each, in random order.
+    # As many of each shape, in random order.
     labels = (np.arange(n) % 10).astype(np.uint8)
     rng.shuffle(labels)
     radius = rng.uniform(0.25, 0.45, (n, 1, 1)) * size
@@ -530,7 +528,7 @@ def draw_shapes(n, seed, size=32):
     contrast = rng.choice([-1, 1], (n, 1, 1, 3)) * rng.uniform(60, 110, (n, 1, 1, 3))
     paint = (ground + contrast) % 256
     image = rng.normal(0, 12, (n, size, size, 3))
-    # A channel at a time, as numpy is slow where the last axis is as short as three.
+    # One channel at a time, because numpy is slow where the last axis is as short as three.
     for c in range(3):
         image[..., c] += np.where(mask, paint[..., c], ground[..., c])
     return image.clip(0, 255, out=image).astype(np.uint8), labels
@@ -543,7 +541,7 @@ def shape_masks(size, centre, radius, phase, label):
     y, x = (pixel[:, None] - centre[0]) / radius, (pixel - centre[1]) / radius
     box, distance = np.maximum(abs(x), abs(y)), np.hypot(x, y)
     rows, columns = np.floor(2 * y + phase[0]) % 2 == 0, np.floor(2 * x + phase[1]) % 2 == 0
-    # Functions, so that only the one asked for is computed.
+    # These are functions, so that only the one that is asked for is computed.
     masks = {
         "disc": lambda: distance < 1,
         "ring": lambda: (distance < 1) & (distance > 0.6),
@@ -559,13 +557,13 @@ def shape_masks(size, centre, radius, phase, label):
     return masks[SHAPES[label]]()
 
 
-# ---- event recordings
+# ---- Event recordings ---------------------------------------------------------------------------
 
-# Pixels of the sensor, side of the frames, and the value of one event per pixel. A mean over an
-# area is a fraction: in sixteenths it stays exact enough, and uint8 still holds 15.9 events per
-# pixel and frame; more count as that.
+# Pixels of the sensor, side of the frames, and the value that stands for one event per pixel. Where
+# frames are smaller than the sensor, means over areas are fractions. In sixteenths they stay exact
+# enough, and uint8 still holds 15.9 events per pixel and frame. More count as that.
 SENSORS = {"cifar10-dvs": (128, 48, 16), "nmnist": (34, 34, 1), "shapes-dvs": (128, 32, 16)}
-# In the order of their labels.
+# The classes of CIFAR10-DVS in the order of their labels.
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -578,7 +576,7 @@ def read_events(path, event_bytes):
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     if event_bytes == 8 and not raw.startswith(b"#!AER-DAT2"):
         raise UserError(f"{path} is no AEDAT 2.0 recording: replace it by the original")
-    # AEDAT's header: whole lines that begin with '#'. Events follow, whatever they look like.
+    # AEDAT's header is the lines that begin with '#'. Events follow, whatever they look like.
     while event_bytes == 8 and raw[begin:begin + 1] == b"#":
         end = raw.find(b"\n", begin)
         begin = end + 1 if end >= 0 else len(raw)
@@ -596,17 +594,17 @@ def read_aedat(path):
     as everyone's frames have it: for a DVS128 held upright that is the mirror image. A 32-bit clock
     that wraps goes on. External triggers are left out.
     """
-    # An event: address 32 bits, microseconds 32, the highest byte first.
+    # An event is an address of 32 bits and a time of 32 bits, the highest byte first.
     words = read_events(path, 8).view(">u4")
     address, t = words[:, 0].astype(np.uint32), words[:, 1].astype(np.int64)
     if (t[1:] < t[:-1]).any():
-        # Of the differences that are possible modulo 2^32 the one nearest to 0.
+        # The clock wraps. A step is the difference nearest to 0 of those possible modulo 2^32.
         t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
     if (address & 0x7FFF0000).any():
         raise UserError(f"{path} holds the address {address.max():#x}, beyond the 128x128 pixels "
                         "of a DVS128: replace it by the original")
     if address.max() > 0x7FFF:
-        # Bits 15 and 31 mark special events, external triggers, which jAER leaves out as well.
+        # Bits 15 and 31 mark external triggers, which are no events of a pixel.
         event = address <= 0x7FFF
         address, t = address[event], t[event]
     if len(t) == 0:
@@ -618,10 +616,10 @@ def read_aedat(path):
 
 def read_nmnist(path):
     """The events of an N-MNIST recording, as read_aedat's; x and y 0..33."""
-    # An event: x 8 bits, y 8, polarity 1, microseconds 23.
+    # An event is x (8 bits), y (8), the polarity (1) and the time (23).
     x, y, high, middle, low = read_events(path, 5).astype(np.int64).T
     t, p = (high & 127) << 16 | middle << 8 | low, high >> 7
-    # y = 240 is no event: it says that the clock has run over, 2^13 microseconds.
+    # y = 240 is no event. It says that the clock has run over, after 2^13 microseconds.
     event = y != 240
     t = t + (np.cumsum(~event) << 13)
     t, x, y, p = (value[event] for value in (t, x, y, p))
@@ -647,13 +645,13 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
     for value, end in ((x, width), (y, height), (p, 2)):
         if n and not (0 <= value.min() and value.max() < end):
             raise ValueError(f"events outside of 2 x {height} x {width}")
-    # In the smallest type that holds them, since it is moving them that takes the time.
+    # In the smallest type that holds them, because moving them is what takes the time.
     place = p.astype(np.int16 if 2 * height * width <= 2 ** 15 else np.int64)
     place = (place * height + y) * width + x
-    # The events from edges[i] on and before edges[i + 1] are frame i's.
+    # Frame i has the events from edges[i] on, up to edges[i + 1].
     edges = n // frames * np.arange(frames + 1)
     if by == "time" and n:
-        # A clock that was set back leaves times out of order.
+        # Where a clock was set back, times are out of order.
         order = np.argsort(t, kind="stable")
         t, place = t[order], place[order]
         edges = np.searchsorted(t, t[0] + max((t[-1] - t[0]) // frames, 1) * np.arange(frames + 1))
@@ -661,7 +659,7 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
     counts = np.empty((frames, 2 * height * width), np.uint16)
     for frame, a, b in zip(counts, edges, edges[1:]):
         count = np.bincount(place[a:b], minlength=counts.shape[1])
-        # Compared only where it may happen, as this takes half as long as counting.
+        # Only where it is possible, because comparing takes half as long as counting.
         frame[:] = np.minimum(count, 65535) if b - a > 65535 else count
     return counts.reshape(frames, 2, height, width)
 
@@ -673,7 +671,7 @@ def area_mean(frames, size):
     low, pixel = np.arange(size)[:, None] * n / size, np.arange(n)
     # The part of each pixel that lies in each area, along one axis: [size, n].
     part = (np.minimum(low + n / size, pixel + 1) - np.maximum(low, pixel)).clip(0)
-    # torch's product, since it keeps to one thread in a worker process, which numpy's does not.
+    # torch keeps to one thread in a worker process, numpy does not.
     part = torch.from_numpy(part.astype(np.float32) * np.float32(size / n))
     return (part @ torch.from_numpy(frames.astype(np.float32)) @ part.T).numpy()
 
@@ -687,19 +685,19 @@ class Recordings:
     def __getitem__(self, i):
         path, (pixels, size, scale) = self.paths[i], SENSORS[self.name]
         events = read_nmnist(path) if self.name == "nmnist" else read_aedat(path)
-        # The 0 gives a recording of a single event a step, too.
+        # The first step is 0, so that a recording of a single event has one, too.
         steps = np.append(0, np.diff(events[0]))
-        # Disorder of a few microseconds and short rests are usual. More means a clock that was
-        # set back, or events left over from before the recording.
+        # Disorder of a few microseconds and short rests are usual. More than that means a clock
+        # that was set back, or events left over from before the recording.
         if self.by == "time" and (steps.min() < -1000 or steps.max() > steps.sum() / 4 > 0):
             warnings.warn(f"{path}: its clock jumps, slices of equal time hold unequal parts")
         frames = bin_events(*events, self.timesteps, pixels, pixels, self.by)
-        # Where sizes are equal, the frames are whole numbers already.
+        # Where the sizes are equal there is nothing to average.
         frames = frames if size == pixels else area_mean(frames, size)
         return np.rint(np.minimum(frames * float(scale), 255)).astype(np.uint8)
 
 
-# Said where recordings are missing.
+# What to do where recordings are missing.
 ORIGINALS = (
     "put Train.zip and Test.zip of N-MNIST (garrickorchard.com/datasets/n-mnist), or the ten zip "
     "files of CIFAR10-DVS (figshare.com/articles/dataset/CIFAR10-DVS_New/4724671), there")
@@ -707,15 +705,15 @@ ORIGINALS = (
 
 def unpack(packed, ending):
     """Unpack the recordings of a zip file into a folder of its name."""
-    # Below such a folder, wherever it is, they may lie already, or some: where the user's own
-    # unpacking was interrupted.
+    # Its recordings may lie below such a folder already, wherever that is. Or some of them do,
+    # because the user's own unpacking was interrupted.
     pattern = f"**/{glob.escape(packed.stem)}/**/*{ending}"
     beside = glob.glob(pattern, root_dir=packed.parent, recursive=True)
     try:
         with zipfile.ZipFile(packed) as archive:
             inside = [name for name in archive.namelist() if name.endswith(ending)
                       and not os.path.basename(name).startswith(".")]
-            # The last file of an interrupted unpacking is shorter.
+            # The last file of an interrupted unpacking is shorter than it should be.
             sizes = {os.path.basename(name): archive.getinfo(name).file_size for name in inside}
             whole = [path for path in beside
                      if os.path.getsize(packed.parent / path) == sizes.get(os.path.basename(path))]
@@ -723,11 +721,11 @@ def unpack(packed, ending):
                 raise ValueError(f"only {len(whole)} of its {len(inside)} recordings lie whole "
                                  "beside it, delete those and they will be unpacked again")
             if not beside:
-                # Renamed when all is there. What a killed process leaves behind begins with a dot
-                # and is never looked at.
+                # The folder gets its name when all is there. What a killed process leaves behind
+                # begins with a dot and is never looked at.
                 with tempfile.TemporaryDirectory(dir=packed.parent, prefix=".") as temporary:
                     archive.extractall(f"{temporary}/all", inside)
-                    # Another process that unpacks the same may have been the first.
+                    # Another process that unpacks the same file may have been faster.
                     if not any(packed.with_suffix("").glob(f"**/*{ending}")):
                         os.rename(f"{temporary}/all", packed.with_suffix(""))
     # Bad archives end in many kinds of errors.
@@ -739,12 +737,12 @@ def find_recordings(folder, classes, ending):
     """All recordings of the classes as sorted [(label, number, path, size, time)]."""
     found = []
     for path in files_below(folder, ending):
-        # A class's recordings lie below a folder of its name, wherever that is in the tree.
+        # The recordings of a class lie below a folder of its name, wherever that is in the tree.
         inside = [part for part in path.split(os.sep)[:-1] if part in classes]
         number = re.search(r"(\d+)\.\w+$", path)
-        # Other things than recordings have no class or no number.
+        # What has no class or no number is no recording.
         if inside and number:
-            # A link that leads nowhere is found out when it is read.
+            # lstat, because a link that leads nowhere is reported later, when it is read.
             stat = os.lstat(folder / path)
             label = classes.index(inside[-1])
             found.append((label, int(number[1]), path, stat.st_size, stat.st_mtime_ns))
@@ -755,7 +753,7 @@ def test_part(recordings, split):
     """bool [N]: which recordings are the test set; see load."""
     labels, numbers, paths, *_ = zip(*recordings)
     if split == "official":
-        # The inner one of folders called so counts.
+        # The innermost folder named train or test counts.
         lower = [path.lower() for path in paths]
         return np.array([path.rfind("test") > path.rfind("train") for path in lower])
     if split in ("first100", "first20"):
@@ -763,7 +761,7 @@ def test_part(recordings, split):
     if split != "random":
         raise UserError(f"unknown split {split!r} of event recordings: choose first100 or random")
     test = np.zeros(len(labels), bool)
-    # A tenth of each class, the same in every process and on every machine.
+    # A random tenth of each class, the same in every process and on every machine.
     for c in np.unique(labels):
         shuffled = np.random.default_rng(c).permutation(np.flatnonzero(np.equal(labels, c)))
         test[shuffled[:max(1, len(shuffled) // 10)]] = True
@@ -774,51 +772,56 @@ def fingerprint(recordings):
     return f"{zlib.crc32(repr(recordings).encode()):08x}"
 
 
+def complete_recordings(folder, classes, ending, split):
+    """(recordings, bool [N]: which are the test set) of a folder that holds all it has to."""
+    for packed in sorted(folder.glob("[!.]*.zip")):
+        unpack(packed, ending)
+    recordings = find_recordings(folder, classes, ending)
+    for label in set(range(len(classes))) - {label for label, *_ in recordings}:
+        raise UserError(f"{folder} has no recordings of class {classes[label]}: {ORIGINALS}")
+    test = test_part(recordings, split)
+    if test.all() or not test.any():
+        raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(test)} recordings "
+                        "the test set; training and test need some each: choose another")
+    # A recording that lies there twice could be on both sides of a random split. N-MNIST has the
+    # same numbers in training and test.
+    seen, halves = {}, test_part(recordings, "official")
+    for (label, number, path, *_), half in zip(recordings, halves):
+        twin = seen.setdefault((label, number, half), path)
+        if twin != path:
+            raise UserError(f"{folder}: {twin} and {path} are one recording, delete one")
+    return recordings, test
+
+
 def load_events(name, folder, workers, timesteps, split, by):
     """A data set of recordings from prepared frames, which are made where they are missing."""
     _, size, scale = SENSORS[name]
     classes = {"nmnist": list("0123456789"), "shapes-dvs": SHAPES, "cifar10-dvs": CIFAR10}[name]
     ending = ".bin" if name == "nmnist" else ".aedat"
-    # N-MNIST comes divided; of a class of shapes-dvs there are only 80 recordings.
+    # N-MNIST comes with its own split. A class of shapes-dvs has only 80 recordings.
     split = {"nmnist": "official", "shapes-dvs": split.replace("100", "20")}.get(name, split)
-    # All that the frames depend on is in their name, or in the file beside them.
+    # What frames depend on is in their name, or, the recordings, in the file beside them.
     suffix = f"_T{timesteps}_{by}_{size}_{split}"
     paths, source = array_paths(folder, suffix), folder / f"source{suffix}.txt"
     complete = all(path.exists() for path in paths)
     recordings = find_recordings(folder, classes, ending)
     known = source.read_text() if source.exists() else None
-    # Where the recordings are gone, the frames alone serve.
+    # Complete frames serve alone, too, when the recordings are gone.
     if not complete or recordings and known != fingerprint(recordings):
         if complete:
             print(f"  {folder}: other recordings than before, making frames again", flush=True)
         elif name == "shapes-dvs":
             draw_recordings(folder)
-        # Not before, as the zip files may be all that was kept beside the frames.
-        for packed in sorted(folder.glob("[!.]*.zip")):
-            unpack(packed, ending)
-        recordings = find_recordings(folder, classes, ending)
-        for label in set(range(len(classes))) - {recording[0] for recording in recordings}:
-            raise UserError(f"{folder} has no recordings of class {classes[label]}: {ORIGINALS}")
-        test = test_part(recordings, split)
-        if test.all() or not test.any():
-            raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(test)} recordings "
-                            "the test set; training and test need some each: choose another")
-        # Unpacked twice they would count twice, and be on both sides of a random split.
-        seen, halves = {}, test_part(recordings, "official")
-        for (label, number, path, *_), half in zip(recordings, halves):
-            twin = seen.setdefault((label, number, half), path)
-            if twin != path:
-                raise UserError(f"{folder}: {twin} and {path} are one recording, delete one")
+        recordings, test = complete_recordings(folder, classes, ending, split)
         files = Recordings(name, [folder / path for _, _, path, *_ in recordings], timesteps, by)
         frames, labels = make_frames(files, workers), np.uint8([label for label, *_ in recordings])
-        # From here on nothing vouches for the old frames.
+        # While frames are written, the file that vouches for them is empty.
         write_atomically(source, lambda file: None)
         write_arrays(paths, (frames[~test], labels[~test], frames[test], labels[test]))
-        # The last, as it vouches for the others.
         write_atomically(source, lambda file: file.write(fingerprint(recordings).encode()))
     train, test = read_arrays(paths, (timesteps, 2, size, size), len(classes))
-    # This deviation undoes the scale: the network sees events per pixel. The shift of 5 pixels is
-    # the usual one; a digit in a mirror would be none.
+    # This deviation undoes the scale, so that the network sees events per pixel. Shifts of up to 5
+    # pixels are usual. Digits are not mirrored.
     return Resident(name, train, test, classes, (0.0, 0.0), (scale / 255,) * 2, pad=5,
                     flip=name != "nmnist", split=split)
 
@@ -830,11 +833,11 @@ def make_frames(recordings, workers):
     start = printed = time.perf_counter()
     batches = [range(first, min(first + 25, n)) for first in range(0, n, 25)]
     for batch in worker_batches(recordings, batches, workers):
-        # Copied at once: few batches fit into the memory that is shared with workers.
+        # Copied at once, because few batches fit into the memory that is shared with workers.
         frames[done:done + len(batch)] = batch.numpy()
         done += len(batch)
         now = time.perf_counter()
-        # The whole of CIFAR10-DVS takes a minute, so something is to be seen.
+        # CIFAR10-DVS takes a minute.
         if now > printed + 5:
             printed, rate = now, done / (now - start)
             print(f"  frames of {done:,d} of {n:,d} recordings, {rate:.0f}/s, "
@@ -844,7 +847,7 @@ def make_frames(recordings, workers):
 
 def write_aedat(path, t, x, y, p):
     """Events, as read_aedat gives them, as an AEDAT 2.0 recording."""
-    # The address is read_aedat's the other way round.
+    # The reverse of what read_aedat does with an address.
     events = np.stack([127 - x << 8 | 127 - y << 1 | 1 - p, t], 1).astype(">u4")
     header = b"#!AER-DAT2.0\r\n# drawn, not recorded\r\n"
     write_atomically(path, lambda file: file.write(header + events.tobytes()))
@@ -855,12 +858,12 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
     <shape>/drawn_<shape>_<i>.aedat."""
     for label, i in np.ndindex(len(SHAPES), per_class):
         path = folder / SHAPES[label] / f"drawn_{SHAPES[label]}_{i}.aedat"
-        # Begun before and interrupted.
+        # An earlier call may have been interrupted.
         if path.exists():
             continue
         rng = np.random.default_rng((label, i))
         radius = rng.uniform(0.25, 0.4) * size
-        # Once round in either direction, from any angle, as far from the border as is needed.
+        # Once round, in either direction and from any angle.
         turn = 2 * np.pi * rng.choice([-1, 1])
         angle = np.linspace(0, turn, steps + 1) + rng.uniform(0, 2 * np.pi)
         circle = 8 * np.stack([np.sin(angle), np.cos(angle)])
@@ -870,9 +873,9 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
         # or uncovered gives an event.
         covered = shape_masks(size, centre[..., None, None], radius, phase, label)
         step, y, x = (covered[1:] != covered[:-1]).nonzero()
-        # Some shapes are brighter and some darker than the ground.
+        # Some shapes are brighter than the ground, some darker.
         p = covered[step + 1, y, x] ^ rng.integers(2)
-        # A tenth more come from nowhere.
+        # Noise adds a tenth more events, anywhere.
         noise = rng.integers(0, [[steps], [size], [size], [2]], (4, len(step) // 10))
         step, y, x, p = np.concatenate([[step, y, x, p], noise], axis=1)
         # A step takes ten milliseconds.

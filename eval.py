@@ -48,16 +48,16 @@ SECONDS = 1.0
 
 def test_data(checkpoint, data_dir, workers, timesteps=None):
     """The test set of the data a network was trained on, normalised, split and cut as there."""
-    about = checkpoint["data"]
+    settings = SimpleNamespace(**checkpoint["settings"])
     # Recordings of events are cut into as many frames as the network takes steps.
-    frames = timesteps or checkpoint["network"]["timesteps"]
-    dataset = data.load(about["name"], data_dir, about["image_size"], workers, frames,
-                        about.get("dvs_split"), about.get("bin_by"))
-    if about.get("classes"):
-        dataset.keep_classes(about["classes"])
+    frames = timesteps or settings.timesteps
+    dataset = data.load(settings.dataset, data_dir, settings.image_size, workers, frames,
+                        settings.dvs_split, settings.bin_by)
+    if settings.classes:
+        dataset.keep_classes(settings.classes)
     check_classes(checkpoint, dataset, data_dir)
     # The network expects the scale of its own training images, whatever the folder holds by now.
-    dataset.mean, dataset.std = about["mean"], about["std"]
+    dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]
     return dataset
 
 
@@ -259,7 +259,7 @@ def examine(path, checkpoint, model, dataset, batch_size, images=None, amp=False
     T, network, images = dataset.frames or model.timesteps, checkpoint["network"], result["images"]
     study = SimpleNamespace(path=str(path), arch=network["arch"], T=T, result=result)
     study.title = (f"{path}: {network['arch']}, width {network['width']}, T = {T}, "
-                   f"{checkpoint['data']['name']}, {images:,d} test images, "
+                   f"{dataset.name}, {images:,d} test images, "
                    f"top-1 {percent(result['top1'])}")
     study.parameters = sum(p.numel() for p in model.parameters())
     study.neurons = neurons_of(model)
@@ -720,7 +720,7 @@ def save_folded(args, checkpoint, model, dataset):
     folded = models.fold(model).to(memory_format=data.memory_format(args.device))
     compare_folded(model, folded, take(dataset, args.batch_size, args.images))
     # Without the state of the optimizer, because a folded network is not trained on.
-    kept = {"format", "network", "data", "epoch", "settings"} & set(checkpoint)
+    kept = "format", "network", "settings", "classes", "mean", "std", "epoch"
     folded_checkpoint = {name: checkpoint[name] for name in kept}
     folded_checkpoint.update(folded=True, model=folded.state_dict())
     data.write_atomically(args.save_folded, lambda file: torch.save(folded_checkpoint, file))
@@ -740,7 +740,7 @@ def evaluate_checkpoint(args, path, checkpoint, device):
     if args.save_folded:
         model = save_folded(args, checkpoint, model, dataset)
     # As the training's own evaluation, unless the flag says otherwise.
-    amp = checkpoint.get("settings", {}).get("amp", False) if args.amp is None else args.amp
+    amp = checkpoint["settings"]["amp"] if args.amp is None else args.amp
     print(f"computed in {'bfloat16' if amp else 'float32'}")
     study, rate = None, ""
     if args.inspect or args.report or args.plot or len(args.checkpoint) > 1:

@@ -19,7 +19,7 @@ What travels between the layers of a resnet is 0 or theta, nothing else (the hea
 means). In sew_resnet* and spikformer the residual streams add the spikes of several layers, each
 with its own theta. `fold` makes everything that travels 0 or 1.
 
-This file imports neuron.py. `python models.py` prints the size of each network.
+This file imports neuron.py.
 """
 import copy
 import math
@@ -27,7 +27,6 @@ import math
 import torch
 import torch.nn as nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from torch.utils.flop_counter import FlopCounterMode
 
 from neuron import TrLIF, compile_options
 
@@ -40,13 +39,13 @@ class TokenBatchNorm(nn.BatchNorm1d):
     """BatchNorm over the channels of tokens [T*B, N, C]."""
 
     def forward(self, x):
-        # [T*B*N, C] and back.
+        # BatchNorm1d wants [T*B*N, C].
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
 def conv_bn(c_in, c_out, kernel, stride=1):
     """Convolution and BatchNorm: a layer's input current from the spikes that arrive."""
-    # BatchNorm has a bias of its own.
+    # No bias, because BatchNorm has one.
     convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(c_out))
 
@@ -62,11 +61,11 @@ def fire(neuron, x, T):
 
 
 def input_current(stem, x, timesteps):
-    """The stem's current [T, B, C, H, W]. An image's is computed once, for all steps (a view)."""
-    # An image has four dimensions, frames have T as a fifth.
+    """The stem's current [T, B, C, H, W] for images [B, C, H, W] or frames [B, T, C, H, W]."""
     if x.dim() == 4:
+        # An image is the same at all steps. Its current is computed once; expand copies nothing.
         return stem(x).expand(timesteps, -1, -1, -1, -1)
-    # [B, T, C, H, W] -> [T*B, C, H, W] -> [T, B, ...].
+    # [B, T, C, H, W] -> [T*B, C, H, W] -> [T, B, C, H, W].
     return stem(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], -1))
 
 
@@ -87,13 +86,13 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**lif_options)
         self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**lif_options)
-        # An empty Sequential is the identity. Where the shape changes a 1x1 convolution adapts it.
+        # An empty Sequential is the identity. A 1x1 convolution adapts the shape where it changes.
         same_shape = stride == 1 and c_in == c_out
         self.shortcut = nn.Sequential() if same_shape else conv_bn(c_in, c_out, 1, stride)
 
     def forward(self, x, T):
         y = fire(self.lif1, self.conv1(x), T)
-        # Added are currents, so that what leaves the block is 0 or theta.
+        # What is added are currents, so that what leaves the block is 0 or theta.
         return fire(self.lif2, self.conv2(y) + self.shortcut(x), T)
 
 
@@ -104,7 +103,7 @@ class SEWBlock(nn.Module):
         super().__init__()
         self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**lif_options)
         self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**lif_options)
-        # Where the shape stays, the shortcut is nothing at all.
+        # Only where the shape changes is there a layer in the shortcut.
         self.shortcut, self.lif_shortcut = None, None
         if stride != 1 or c_in != c_out:
             self.shortcut, self.lif_shortcut = conv_bn(c_in, c_out, 1, stride), TrLIF(**lif_options)
@@ -115,7 +114,7 @@ class SEWBlock(nn.Module):
         y = fire(self.lif2, self.conv2(y), T)
         if self.shortcut is not None:
             x = fire(self.lif_shortcut, self.shortcut(x), T)
-        # Added are spikes: the gradient has a way past the neurons.
+        # What is added are spikes, so that the gradient has a way past the neurons.
         return self.join(x, y)
 
 
@@ -126,7 +125,7 @@ class ResNet(nn.Module):
                  lif_options, imagenet=False):
         super().__init__()
         self.timesteps = timesteps
-        # 224 pixels are many: the stem and the pooling behind it leave a sixteenth of them.
+        # Images of 224 pixels are large. Stem and pooling leave a sixteenth of the places.
         kernel, stride = (7, 2) if imagenet else (3, 1)
         self.stem = conv_bn(in_channels, width, kernel, stride)
         self.lif = TrLIF(**lif_options)
@@ -135,21 +134,20 @@ class ResNet(nn.Module):
         c_in = width
         for c_out, blocks, stride in stages:
             for i in range(blocks):
-                # The first block of a stage makes the images smaller.
+                # The first block of a stage halves the side.
                 self.blocks.append(block(c_in, c_out, stride if i == 0 else 1, lif_options))
                 c_in = c_out
-        # The mean over places goes in, whatever their number is.
+        # The head reads the mean over places, whatever their number is.
         self.head = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
-        # [T, B, C, H, W].
+        # The current is [T, B, C, H, W]. Behind the first neurons it is [T*B, C, H, W].
         x = input_current(self.stem, x, self.timesteps)
         T = x.shape[0]
-        # From here on [T*B, C, H, W].
         x = self.pool(self.lif(x).flatten(0, 1))
         for block in self.blocks:
             x = block(x, T)
-        # Mean over places, logits for each step.
+        # Logits for each step.
         return self.head(x.mean((2, 3))).unflatten(0, (T, -1))
 
 
@@ -172,9 +170,9 @@ class SpikingSelfAttention(nn.Module):
     def __init__(self, dim, heads, lif_options):
         super().__init__()
         self.heads = heads
-        # Queries, keys and values are spikes, and so is what goes out.
+        # Queries, keys, values and the output are spikes.
         self.q, self.k, self.v, self.out = (LinearLIF(dim, dim, lif_options) for _ in range(4))
-        # Half as high a threshold behind the product, as in the publication.
+        # Behind the product the published threshold is half as high.
         half = 0.5 * lif_options.get("threshold", 1.0)
         self.lif = TrLIF(**{**lif_options, "threshold": half})
 
@@ -184,8 +182,8 @@ class SpikingSelfAttention(nn.Module):
 
     def forward(self, x, T):
         q, k, v = (self.split_heads(layer(x, T)) for layer in (self.q, self.k, self.v))
-        # (q k^T) v = q (k^T v) without a softmax, and this never forms the N x N matrix. The
-        # scale is 1 / 8 as published, whatever the width of a head.
+        # Without a softmax (q k^T) v = q (k^T v), which never forms the N x N matrix. The scale is
+        # 1 / 8 as published, whatever the width of a head.
         y = q @ (k.transpose(2, 3) @ v) * 0.125
         return self.out(fire(self.lif, y.transpose(1, 2).flatten(2), T), T)
 
@@ -197,16 +195,16 @@ class Spikformer(nn.Module):
                  heads=12):
         super().__init__()
         self.timesteps = timesteps
-        # Each convolution doubles the channels, up to those of a token.
+        # Each convolution doubles the channels, until they are those of a token.
         dim = 6 * width
         channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
         self.patches = nn.ModuleList(conv_bn(a, b, 3) for a, b in zip(channels, channels[1:]))
-        # A neuron layer behind each of the five convolutions.
+        # Each of the five convolutions has a neuron layer behind it.
         self.lifs = nn.ModuleList(TrLIF(**lif_options) for _ in self.patches)
-        # The third and fourth stage halve the side: 32x32 pixels become 8x8 tokens.
+        # The third and the fourth stage halve the side, so that 32x32 pixels become 8x8 tokens.
         pools = [nn.Identity(), nn.Identity(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)]
         self.pools = nn.ModuleList(pools)
-        # Published are four blocks with 12 heads, and four times the channels inside of an MLP.
+        # Each block is an attention and an MLP, which has four times the channels inside.
         self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, lif_options)
                                        for _ in range(depth))
         self.mlp = nn.ModuleList(nn.ModuleList([LinearLIF(dim, 4 * dim, lif_options),
@@ -227,11 +225,11 @@ class Spikformer(nn.Module):
             x = self.pools[i](fire(self.lifs[i], self.patches[i](x), T))
         # The fifth convolution tells each token its place.
         x = self.join(self.tokens(x), self.tokens(fire(self.lifs[4], self.patches[4](x), T)))
-        # [T*B, N tokens, D]. Attention, then two layers on each token, beside the stream.
+        # The stream x is [T*B, N tokens, D]. Each block adds its spikes to it.
         for attention, (up, down) in zip(self.attention, self.mlp):
             x = self.join(x, attention(x, T))
             x = self.join(x, down(up(x, T), T))
-        # Mean over tokens, logits for each step.
+        # The head reads the mean over tokens and gives logits for each step.
         return self.head(x.mean(1)).unflatten(0, (T, -1))
 
 
@@ -266,7 +264,7 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
                              "share 6 * width channels, the first convolution has an eighth")
         model = Spikformer(*common)
     elif arch == "resnet19":
-        # 128, 256 and 512 channels, for width = 64.
+        # With width 64 these are 128, 256 and 512 channels.
         model = ResNet(Block, [(2 * width, 3, 1), (4 * width, 3, 2), (8 * width, 2, 2)], *common)
     else:
         block = SEWBlock if arch.startswith("sew") else Block
@@ -275,7 +273,7 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
         stages = [(width, blocks[0], 1)]
         stages += [(width * 2 ** i, blocks[i], 2) for i in (1, 2, 3)]
         model = ResNet(block, stages, *common, imagenet=True)
-    # PyTorch has started all weights in its own way already.
+    # So far all weights have been started in PyTorch's own way.
     imagenet = arch not in ("resnet19", "spikformer")
     if start == "kaiming" or imagenet:
         for module in model.modules():
@@ -295,7 +293,6 @@ def scale_currents(model, threshold):
     it out, and TrSG's gradients do not depend on it. Not so in spikformer's attention, where
     three spikes are multiplied.
     """
-    # Of convolutions and of tokens.
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.weight *= threshold
@@ -304,7 +301,7 @@ def scale_currents(model, threshold):
 def compile_model(model, **options):
     """Fuse the whole network with torch.compile, in place, and return it: BatchNorm, shortcuts
     and neurons share kernels. Takes minutes once, and again for evaluation."""
-    # All shapes are known, and stay: kernels of their own are faster than shared ones.
+    # With dynamic=False each shape gets a kernel of its own, which is faster than a shared one.
     model.compile(dynamic=False, options=compile_options(), **options)
     return model
 
@@ -341,7 +338,7 @@ def synapses(model):
     sources  the TrLIF layers whose spikes arrive there, added up; [] for the input
     """
     if isinstance(model, Spikformer):
-        # The stream grows by a source with each layer that is added to it.
+        # The stream gets another source with each layer that is added to it.
         found = [(model.patches[0], [])]
         found += [(model.patches[i], [model.lifs[i - 1]]) for i in range(1, 5)]
         stream = [model.lifs[3], model.lifs[4]]
@@ -356,7 +353,7 @@ def synapses(model):
     for block in model.blocks:
         if block.shortcut is not None:
             found.append((block.shortcut, stream))
-        # The first convolution reads the stream, the second only what the first made fire.
+        # The first convolution reads the stream, the second the neurons behind the first.
         found += [(block.conv1, stream), (block.conv2, [block.lif1])]
         if isinstance(block, SEWBlock):
             # Spikes are added to what came over the shortcut.
@@ -370,14 +367,14 @@ def synapses(model):
 def pooling(model):
     """[(neuron layer, the pooling through which its spikes leave)], for counting what arrives."""
     if isinstance(model, Spikformer):
-        # The fifth layer has none.
+        # The fifth neuron layer has no pooling behind it.
         return list(zip(model.lifs[:4], model.pools))
     return [(model.lif, model.pool)]
 
 
 def spike_height(neuron):
     """theta, or 1 for neurons of the naive form, which emit s."""
-    # A tensor in both cases: products of heights stay on the device.
+    # A tensor in both cases, so that products of heights stay on the device.
     threshold = neuron.threshold
     return threshold if neuron.surrogate == "trsg" else torch.ones_like(threshold)
 
@@ -390,7 +387,7 @@ def folded_weights(layer, sources):
     heights = [spike_height(neuron) for neuron in sources] or [1.0]
     weight, bias = torch.cat([linear.weight * height for height in heights], 1), linear.bias
     fuse = fuse_linear_bn_weights if isinstance(linear, nn.Linear) else fuse_conv_bn_weights
-    # In evaluation BatchNorm multiplies and adds constants. The head has none.
+    # In evaluation BatchNorm multiplies and adds constants. The head has no BatchNorm.
     for norm in norms:
         weight, bias = fuse(weight, bias, norm.running_mean, norm.running_var, norm.eps,
                             norm.weight, norm.bias)
@@ -404,7 +401,7 @@ def with_weights(linear, weight, bias):
     else:
         new = nn.Conv2d(weight.shape[1], weight.shape[0], linear.kernel_size, linear.stride,
                         linear.padding)
-    # A copy of its own, not a view of the old weights.
+    # Copies, not views of the old weights.
     new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     new.bias = nn.Parameter(bias.clone())
     return new
@@ -414,8 +411,8 @@ def divide_threshold(attention):
     """Let q k^T v be computed from spikes of height 1 instead of theta_q, theta_k, theta_v."""
     neuron = attention.lif
     scale = math.prod(spike_height(part.lif) for part in (attention.q, attention.k, attention.v))
-    # The current is divided by the product of the heights. Divide start and threshold alike, and
-    # the spikes are the same.
+    # The current gets smaller by the product of the heights. If start and threshold do, too, the
+    # spikes stay the same.
     neuron.v_init /= scale
     threshold = neuron.threshold / scale
     # The inverse of softplus, finite for thresholds however high.
@@ -435,18 +432,17 @@ def fold(model):
     counts as part of its weights.
     """
     model = copy.deepcopy(model).eval()
-    # Weights first: they need the thresholds as they were.
+    # Weights come first, because they need the thresholds as they were.
     for layer, sources in synapses(model):
         if layer is model.head:
-            # It has no BatchNorm, and as many inputs as the streams side by side have channels.
             model.head = with_weights(layer, *folded_weights(layer, sources))
         elif len(layer) == 0:
-            # A plain shortcut.
+            # A plain shortcut is an empty Sequential.
             layer.append(Scale(spike_height(sources[0])))
         else:
             layer[0] = with_weights(layer[0], *folded_weights(layer, sources))
             layer[1] = nn.Identity()
-    # Sums of spikes become streams side by side: channels of images, or of tokens.
+    # Streams are no longer added up but put side by side, as channels of images or of tokens.
     for module in list(model.modules()):
         if isinstance(module, SEWBlock):
             module.join = Concatenate(1)
@@ -454,29 +450,8 @@ def fold(model):
             module.join = Concatenate(2)
         elif isinstance(module, SpikingSelfAttention):
             divide_threshold(module)
-    # Neurons of this form emit s, and only their threshold decides when.
+    # Neurons of this form emit s. Their threshold only decides when.
     for module in model.modules():
         if isinstance(module, TrLIF):
             module.surrogate = "absolute"
     return model
-
-
-def macs_per_step(model, x):
-    """Multiply-accumulates of one forward of x (one time step if timesteps = 1)."""
-    # A multiply-accumulate counts as two operations there.
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(x)
-    return counter.get_total_flops() // 2
-
-
-if __name__ == "__main__":
-    print(f"{'arch':14s} {'input':>11s} {'classes':>8s} {'parameters':>12s} {'neuron layers':>14s} "
-          f"{'MACs a step':>16s}")
-    for arch in ARCHS:
-        size, classes = {"resnet19": (32, 100), "spikformer": (32, 10)}.get(arch, (224, 1000))
-        model = build(arch, classes, timesteps=1)
-        parameters = sum(p.numel() for p in model.parameters())
-        neurons = sum(isinstance(m, TrLIF) for m in model.modules())
-        macs = macs_per_step(model, torch.zeros(1, 3, size, size))
-        print(f"{arch:14s} {f'3x{size}x{size}':>11s} {classes:8d} {parameters:12,d} {neurons:14d} "
-              f"{macs:16,d}")

@@ -229,8 +229,8 @@ class TrLIF(nn.Module):
         mp_init = self.mp_init if self.training else "off"
         distributed = dist.is_available() and dist.is_initialized()
         if mp_init != "off" and not torch.compiler.is_compiling():
-            # Not -1 inside a backward pass only: there checkpoint runs the layer again. Asked
-            # before anything is computed, since such a run is broken off as soon as possible.
+            # torch.utils.checkpoint runs a layer again inside the backward pass. Only there this
+            # number is not -1. Asked first, because such a run is broken off as soon as possible.
             if torch._C._current_graph_task_id() != -1:
                 raise RuntimeError("TrLIF runs again in the backward pass, where it would start "
                                    "from another mean: no torch.utils.checkpoint in training")
@@ -254,7 +254,8 @@ class TrLIF(nn.Module):
 
 # On a CPU an input of fewer elements does not repay the compilation (20 s at T = 16, once).
 CPU_COMPILE_FROM = 2 ** 16
-# Compiling takes longer the longer the loop: more steps run in pieces of so many (36 s at T = 100).
+# Compiling takes longer the longer the loop is. More steps run in pieces of so many, so that it
+# takes 36 s at T = 100 instead of minutes.
 STEPS_A_KERNEL = 16
 # Variants of calls, (device, T, dtype, ...), for which compiling failed: they run unfused.
 FAILED = set()
@@ -283,8 +284,8 @@ def compile_options():
     options = {
         # BatchNorm before the loop is computed in the same kernel, never stored.
         "realize_acc_reads_threshold": 32,
-        # Each step's spikes are written where they belong, not gathered by a second kernel
-        # (the second name: torch 2.13 and later).
+        # Each step's spikes are written where they belong, not gathered by a second kernel. The
+        # second of these names is that of torch 2.13 and later.
         "max_pointwise_cat_inputs": 0,
         "max_complex_pointwise_cat_inputs": 0,
     }
@@ -294,10 +295,10 @@ def compile_options():
 
 @functools.cache
 def compiled(function):
-    # Each T, dtype and mode needs a kernel of its own: soon more than the 8 after which torch
-    # stops compiling.
+    # Each T, dtype and mode needs a kernel of its own. These are soon more than the 8 after which
+    # torch stops compiling.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    # dynamic=True: the number of neurons is an argument of the kernel, shared by all layers.
+    # With dynamic=True the number of neurons is an argument of a kernel that all layers share.
     return torch.compile(function, dynamic=True, options=compile_options())
 
 
@@ -330,13 +331,14 @@ def fused_lif_and_mean(x, *arguments):
     small = x.device.type == "cpu" and x.numel() < CPU_COMPILE_FROM
     if not compiling and (small or being_traced()):
         return lif_and_mean(x, *arguments)
-    # Neurons do not interact, so the loop sees them as [T, rows, columns], listed as they lie in
-    # memory: contiguous and channels_last inputs are both views, and all shapes share kernels.
+    # Neurons do not interact, so the loop sees them as [T, rows, columns], in the order in which
+    # they lie in memory. Contiguous and channels_last inputs both become views without a copy, and
+    # layers of all shapes share kernels.
     order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
     in_memory_order = x.permute(0, *order)
     if not in_memory_order[0].is_contiguous():
         order, in_memory_order = list(range(1, x.dim())), x.contiguous()
-    # A CPU sums fastest in one row, a GPU needs many; columns must divide the neurons.
+    # A CPU sums fastest in one row, a GPU needs many. The columns must divide the neurons.
     neurons = x[0].numel()
     columns = max(neurons, 1) if x.device.type == "cpu" else math.gcd(neurons, 2048)
     rows = in_memory_order.reshape(len(x), -1, columns)
@@ -349,7 +351,8 @@ def fused_lif_and_mean(x, *arguments):
         if variant in FAILED:
             return lif_and_mean(x, *arguments)
         try:
-            # _unsafe_view: torch.compile would compile anew for every kind of view.
+            # Unlike other views this one is none to torch.compile, which would compile anew for
+            # each kind of view.
             rows = torch.ops.aten._unsafe_view(rows, rows.shape)
             spikes, m = run_compiled(rows, *arguments)
         except torch.OutOfMemoryError:
@@ -363,6 +366,6 @@ def fused_lif_and_mean(x, *arguments):
                           f"layer runs operation by operation (slower, equal up to rounding): "
                           f"{type(error).__name__}: {reason}")
             return result
-    # The inverse permutation.
+    # Back into the order of the input's dimensions, by the inverse permutation.
     back = [1 + order.index(dim) for dim in range(1, x.dim())]
     return spikes.reshape(in_memory_order.shape).permute(0, *back), m

@@ -14,8 +14,10 @@ This file imports neuron.py, models.py and data.py; eval.py imports this one.
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import datetime
+import io
 import math
 import os
 import pathlib
@@ -38,24 +40,25 @@ import neuron
 from data import UserError, first_line
 
 # What determines a result besides network and data. A flag of the same name overrides a value.
-# paper: the authors' published code to the letter, but that the cosine falls by step, not by epoch.
+# paper: the authors' published code to the letter, except that the cosine falls at every step
+#   instead of every epoch.
 # fast: for short runs and narrow networks. A threshold gathers the gradients of a whole layer, and
 #   at the full rate of the weights narrow networks stayed at chance or diverged.
-# spikformer: as its authors train it, but for the augmentation. AdamW's steps are of one size.
+# spikformer: as its authors train it, except for the augmentation.
 RECIPES = ("paper", "fast", "spikformer")
 RECIPE = {
     # paper, fast, spikformer
     "epochs": (200, 100, 100),
-    # None: by the size of the data set, for the sake of enough steps.
+    # None: it follows from the size of the data set, so that small sets have enough steps.
     "batch_size": (64, None, None),
     # SGD with momentum 0.9, with Nesterov's momentum, or AdamW.
     "optimizer": ("sgd", "nesterov", "adamw"),
-    # The peak: a linear warm-up to it, over a part of the run, then a cosine to 0.
+    # The peak. A linear warm-up leads to it, over a part of the run, and a cosine from it to 0.
     "lr": (0.02, 0.3, 5e-4),
     "warmup": (0.0, 0.05, 0.1),
     # The rate of thresholds and time constants, as a part of lr.
     "neuron_rate": (1.0, 0.1, 1.0),
-    # Decayed are all parameters, or weights only: no biases, BatchNorm and thresholds.
+    # All parameters decay, or weights only: no biases, BatchNorm, thresholds and time constants.
     "weight_decay": (5e-4, 5e-4, 0.06),
     "decayed": ("all", "weights", "weights"),
     # How weights start, see models.build.
@@ -63,15 +66,15 @@ RECIPE = {
     "label_smoothing": (0.0, 0.0, 0.1),
     # Alpha of mixup's Beta distribution, 0 for no mixup.
     "mixup": (0.0, 0.0, 0.5),
-    # Shifts (streamed images: random resized crops) and flips, or TrivialAugment as well, for
-    # which torchvision lets a GPU wait several times a step.
+    # Shifts (for streamed images random resized crops) and flips; "trivial" adds TrivialAugment,
+    # for which torchvision lets a GPU wait several times a step.
     "augment": ("plain", "plain", "plain"),
 }
-# Settings that a resumed run may not change: its weights, its data and the state of its optimizer
-# would not fit.
+# Settings that a resumed run may not change, because its weights, its data or the state of its
+# optimizer would no longer fit.
 FIXED = ["dataset", "arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate"]
 FIXED += ["fixed_neuron", "scale_currents", "recipe", "optimizer", "dvs_split", "bin_by", "classes"]
-FORMAT = "MP-Init + TrSG checkpoint 2"
+FORMAT = "MP-Init + TrSG checkpoint 3"
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -88,7 +91,7 @@ def number(kind, low, high=math.inf, above=False):
             raise argparse.ArgumentTypeError(f"{text} is not {limit} and below {high}")
         return value
 
-    # argparse names it where the text is no number at all.
+    # argparse uses this name in its message where the text is no number at all.
     parse.__name__ = kind.__name__
     return parse
 
@@ -107,9 +110,8 @@ not_negative = number(float, 0)
 share = number(float, 0, 1)
 
 
-# The docstring as it stands, and the default behind each flag's explanation.
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    """Shows the docstring as it stands, and the default behind each flag's explanation."""
 
 
 def add_recipe(add):
@@ -142,7 +144,7 @@ def make_parser():
     add("--width", type=count, default=64, help="channels of the stem; 64 as published, 8: laptop")
     add("--threshold", type=positive, default=1.0, help="initial threshold theta")
     add("--tau", type=number(float, 1, above=True), default=2.0, help="initial tau, in time steps")
-    # Whose mean potential to start at: of neurons that fired (the paper), of all, or 0.
+    # Start at the mean potential of the neurons that fired (the paper), of all neurons, or at 0.
     starts = ("active", "all", "off")
     add("--mp-init", choices=starts, default="active", help="mean over which neurons to start at")
     forms = ("trsg", "absolute")
@@ -154,7 +156,7 @@ def make_parser():
     add("--dataset", choices=data.DATASETS, default="cifar100", help="data set, see data.py")
     add("--data-dir", type=path, default="data", help="where data sets are; for 'folder' the tree")
     add("--image-size", type=count, help="of shapes and folder (default: 32), imagenet (224)")
-    # Recordings 0-99 of each class, or a random tenth.
+    # The test set is recordings 0 to 99 of each class, or a random tenth.
     splits = ("first100", "random")
     add("--dvs-split", choices=splits, default="first100", help="test set of cifar10-dvs")
     add("--bin-by", choices=("count", "time"), default="count", help="frames: equal count or time")
@@ -182,10 +184,11 @@ def make_parser():
 
 def parse(argv=None):
     """The command line as (settings, given): a value for every flag, and the flags really given."""
-    # Read twice, because a run that goes on keeps its own settings but for the flags really given.
+    # A run that goes on keeps its own settings, except for the flags really given. To tell these
+    # from defaults the command line is read twice.
     parser = make_parser()
     settings = vars(parser.parse_args(argv))
-    # argparse fills in a default only where the namespace has no value: None marks those.
+    # argparse fills in a default only where the namespace has no value yet. Here all have None.
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))
     given = {name: value for name, value in vars(marked).items() if value is not None}
     resume = settings.get("resume")
@@ -200,7 +203,7 @@ def with_recipe(settings):
     """A namespace with every setting: what is missing is the recipe's, or follows from others."""
     missing = dict.fromkeys(["recipe", "image_size", "classes", "limit", "amp", "compile"])
     args = argparse.Namespace(**{**missing, **settings})
-    # Drawn shapes are for first tries, which have to be short.
+    # Drawn shapes are for a first try, which has to be short.
     if args.recipe is None:
         args.recipe = "fast" if args.dataset.startswith("shapes") else "paper"
         if args.arch == "spikformer":
@@ -208,7 +211,7 @@ def with_recipe(settings):
     # A flag that was given stands, everything else is the recipe's.
     for name, values in RECIPE.items():
         vars(args).setdefault(name, values[RECIPES.index(args.recipe)])
-    # As published for ImageNet; drawn shapes and folders have CIFAR's size.
+    # ImageNet's size is the published one. Drawn shapes and folders have CIFAR's.
     if args.image_size is None:
         args.image_size = 224 if args.dataset == "imagenet" else 32
     return args
@@ -217,7 +220,7 @@ def with_recipe(settings):
 def open_run(settings, given):
     """(folder of the run, its checkpoint or None, args). Replaces no run unless asked to go on."""
     resume = settings.get("resume")
-    # A command with --resume auto can be repeated as it stands, by a batch system for example.
+    # A batch system may repeat a command with --resume auto as it stands.
     if resume == "auto":
         resume = settings["out"] if os.path.exists(f"{settings['out']}/last.pt") else None
     if resume is None:
@@ -234,7 +237,7 @@ def open_run(settings, given):
     checkpoint = load_checkpoint(out / "last.pt")
     if "optimizer" not in checkpoint or checkpoint.get("folded"):
         raise UserError(f"{out}/last.pt is a best.pt or folded: for evaluation only")
-    # Settings of the run, then what this command line changes.
+    # The settings of the run, and what this command line changes.
     old = checkpoint["settings"]
     for name in FIXED:
         if name in given and given[name] != old[name]:
@@ -253,16 +256,16 @@ def use_device(name):
     """The torch.device of that name, as the one to compute on. UserError where it is unusable."""
     try:
         device = torch.device(name)
-        # A device may exist and be unusable: another program holds it, or a driver is missing.
+        # A device may exist and still be unusable, because a driver is missing for example.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if device.type == "cpu" and sys.platform == "linux":
-        # Keep the memory of freed tensors for the next ones: the C library would give large
-        # blocks back to the system at once and get them anew page by page, a tenth to a half of
-        # a training step. M_TRIM_THRESHOLD: give nothing back. M_MMAP_MAX: no mappings.
+        # Keep the memory of freed tensors for the next ones. The C library would give large
+        # blocks back to the system and get them anew page by page, which takes a tenth to a half
+        # of a training step. M_TRIM_THRESHOLD is -1 and M_MMAP_MAX is -4 in malloc.h.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
         mallopt(-1, -1)
         mallopt(-4, 0)
@@ -278,9 +281,10 @@ def set_precision(args, device, say):
         args.amp = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
         if on_cuda and not args.amp:
             say("This GPU does not compute in bfloat16: float32 it is (--amp forces it).")
-    # TF32 where bfloat16 is off.
+    # Where bfloat16 is off, a GPU may round to TF32 inside of matrix products.
     torch.set_float32_matmul_precision("high")
-    # Try out algorithms and keep the fastest: another one another time, with other rounding.
+    # Try out algorithms and keep the fastest. It may be another one another time, which rounds
+    # differently.
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -290,10 +294,10 @@ def set_precision(args, device, say):
 def compile_network(model, x, amp, say):
     """Fuse the whole network. Where that fails say so and leave it to the neurons to be fused."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    # fullgraph: a part that cannot be compiled is an error, not a slow run.
+    # With fullgraph a part that cannot be compiled is an error instead of a slow run.
     models.compile_model(model, fullgraph=True)
     try:
-        # A trial step compiles forward and backward. What it changes is put back below.
+        # A trial step compiles forward and backward. It changes running means and statistics.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             model(x).float().sum().backward()
     except torch.OutOfMemoryError:
@@ -301,7 +305,6 @@ def compile_network(model, x, amp, say):
     except Exception as error:
         model._compiled_call_impl = None
         say(f"The network cannot be compiled here, only its neurons are: {first_line(error)}")
-    # The running means and statistics as they were.
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before, strict=False)
 
@@ -321,14 +324,14 @@ class Processes:
             raise UserError(f"--device {device}: each process takes a GPU of its own, give cuda")
         on_cuda = device == "cuda"
         self.device = use_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda else device)
-        # Gloo for what lies on the CPU: votes need not wait for the GPU. An hour, because one
-        # process may have to prepare the data while the others wait.
+        # Gloo serves what lies on the CPU, so that votes need not wait for the GPU. The timeout is
+        # an hour, because the others wait while one process prepares the data.
         backends = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         hour, device_id = datetime.timedelta(hours=1), self.device if on_cuda else None
         dist.init_process_group(backends, timeout=hour, device_id=device_id)
 
     def say(self, text):
-        # Flushed, because a batch system's log is a file.
+        # Flushed, because output into a file would appear much later.
         if self.rank == 0:
             print(text, flush=True)
 
@@ -342,7 +345,7 @@ class Processes:
             try:
                 answer = [function()]
             except UserError as error:
-                # All of them end by it.
+                # Handed on, so that all processes end by it.
                 answer = [error]
         dist.broadcast_object_list(answer, device=torch.device("cpu"))
         if isinstance(answer[0], UserError):
@@ -373,7 +376,7 @@ class Processes:
 
     def gather(self, totals):
         """Add all processes' totals up in the first one, in place."""
-        # The others go on from 0: what is added up once more stays right.
+        # The others go on from 0, so that adding up once more stays right.
         if self.world > 1:
             dist.all_reduce(totals)
             totals *= self.rank == 0
@@ -399,7 +402,7 @@ class Processes:
 def leave_at_once(code):
     """End this process of several here and now: the threads of a process group may outlive the
     interpreter, and crash it."""
-    # What the interpreter would do at its end.
+    # os._exit skips what the interpreter does at its end.
     data.kill_workers()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -414,12 +417,11 @@ def load_checkpoint(file):
     run code. UserError for any other file."""
     try:
         with zipfile.ZipFile(file) as archive:
-            # torch does not look at the checksums.
+            # Damaged weights are found by the checksums, at which torch does not look.
             if archive.testzip():
                 raise ValueError("its checksums do not fit")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        # zipfile, pickle and torch have a dozen exceptions for bad files.
         advice = "it may be truncated, or no checkpoint of train.py"
         raise UserError(f"{file} cannot be read, {advice}: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
@@ -430,7 +432,7 @@ def load_checkpoint(file):
 def build_network(checkpoint):
     """The network in a checkpoint, in evaluation mode."""
     model = models.build(**checkpoint["network"])
-    # A folded network has other layers: fold first, then fill in.
+    # A folded network has other layers, so its weights fit only after folding.
     if checkpoint.get("folded"):
         model = models.fold(model)
     model.load_state_dict(checkpoint["model"])
@@ -439,11 +441,13 @@ def build_network(checkpoint):
 
 def check_classes(checkpoint, dataset, data_dir):
     """UserError unless the data set has the very classes that the network was trained on."""
-    # Labels are numbers of classes in their order: other names mean other labels.
-    name, classes = checkpoint["data"]["name"], checkpoint["data"]["names"]
+    # A label is the place of a class among the names. Other names mean other labels.
+    classes = checkpoint["classes"]
     if classes != dataset.classes:
-        counts = f"{len(dataset.classes)} classes, not the {len(classes)} trained on"
-        raise UserError(f"{name} in {data_dir} has other classes: {counts}, or of other names")
+        raise UserError(
+            f"{dataset.name} in {data_dir} has other classes: {len(dataset.classes)} classes, not "
+            f"the {len(classes)} trained on, or of other names"
+        )
 
 
 @torch.no_grad()
@@ -453,13 +457,13 @@ def evaluate(model, batches, amp=False):
     Returns a dict: top1_at, a list of the fraction right when read out after t = 1 ... T steps
     (mean of the logits so far); top1 = top1_at[-1]; top5; images. Waits for the device once.
     """
-    # Counted on the device: [right after t = 1 ... T, among the best five, images].
+    # Counted on the device: images right after t = 1 ... T, those among the best five, all.
     training, totals = model.training, 0
     model.eval()
     for x, y in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
-        # [T, B, classes]. The largest of a mean is the largest of the sum.
+            # Sums of the logits so far, [T, B, classes]. The largest of a sum is that of the mean.
         so_far = logits.float().cumsum(0)
         right = (so_far.argmax(2) == y).sum(1)
         best5 = so_far[-1].topk(min(5, logits.shape[2])).indices
@@ -469,7 +473,6 @@ def evaluate(model, batches, amp=False):
     model.train(training)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(totals)
-    # Processes see different images, and padding counts for none.
     *right, among5, images = totals.tolist()
     top1_at = [n / images for n in right]
     return {"top1_at": top1_at, "top1": top1_at[-1], "top5": among5 / images, "images": images}
@@ -485,10 +488,10 @@ def make_optimizer(model, args):
     for dims, rate in ((2, 1.0), (1, 1.0), (0, args.neuron_rate)):
         learnt = [p for p in model.parameters() if p.requires_grad and min(p.dim(), 2) == dims]
         decay = args.weight_decay if dims == 2 or args.decayed == "all" else 0.0
-        # With --fixed-neuron the last is empty.
+        # With --fixed-neuron the last group is empty.
         if learnt:
             groups.append(dict(params=learnt, rate=rate, weight_decay=decay))
-    # fused: one kernel for all parameters of a group.
+    # With fused=True one kernel updates all parameters of a group.
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
     nesterov = args.optimizer == "nesterov"
@@ -497,7 +500,7 @@ def make_optimizer(model, args):
 
 def learning_rate(step, steps, args):
     """Linear warm-up to args.lr, then a cosine to 0. steps: of the whole run."""
-    # In steps, and not always whole ones.
+    # The number of steps, not always a whole one.
     warmup = args.warmup * steps
     if step < warmup:
         return args.lr * (step + 1) / math.ceil(warmup)
@@ -515,7 +518,7 @@ def score(logits, y, weight, label_smoothing):
     if weight < 1:
         other = F.cross_entropy(logits, y.flip(0), label_smoothing=label_smoothing)
         loss = loss + (1 - weight) * other
-    # Kept on the device: to read them would be to wait for it.
+    # The sums stay on the device, because reading them would mean waiting for it.
     right = (logits.argmax(1) == y).sum().float()
     images = torch.full_like(right, len(y))
     return loss, torch.stack([loss.detach() * images, right, images])
@@ -524,13 +527,13 @@ def score(logits, y, weight, label_smoothing):
 def train_step(model, scoring, optimizer, scaler, x, y, args, key):
     """One step of the optimizer. Returns the sums of score, without waiting for them."""
     optimizer.zero_grad(set_to_none=True)
-    # All parts' gradients add up, then follows one step.
+    # The gradients of all parts add up before the optimizer takes its step.
     counted = 0
     parts = zip(x.chunk(args.accumulate), y.chunk(args.accumulate))
     for part, (x_part, y_part) in enumerate(parts):
         weight = 1.0
         if args.mixup:
-            # Drawn from seed, epoch, step and part alone: a resumed run draws the same.
+            # The draw depends on seed, epoch, step and part alone: a resumed run draws the same.
             weight = float(np.random.default_rng((*key, part)).beta(args.mixup, args.mixup))
             x_part = weight * x_part + (1 - weight) * x_part.flip(0)
         # Gradients are summed over the processes after the last part only.
@@ -542,7 +545,7 @@ def train_step(model, scoring, optimizer, scaler, x, y, args, key):
             loss, sums = scoring(logits, y_part, weight, args.label_smoothing)
             scaler.scale(loss / args.accumulate).backward()
         counted = counted + sums
-    # Skips the step where a gradient is not finite.
+    # The scaler skips the step if a gradient is not finite.
     scaler.step(optimizer)
     scaler.update()
     return counted
@@ -550,7 +553,7 @@ def train_step(model, scoring, optimizer, scaler, x, y, args, key):
 
 def first_bad_layer(model, x):
     """The first layer, in the order of computation, whose weights or output are not finite."""
-    # Hooks are called in the order of computation.
+    # Hooks are called in the order of computation, so the first name found is the answer.
     found = []
 
     def check(name, layer, output):
@@ -565,7 +568,7 @@ def first_bad_layer(model, x):
         for name, layer in leaves
     ]
     with torch.no_grad():
-        # Not model(x): that may be compiled, without the hooks.
+        # model(x) may be compiled, and then it does not call hooks.
         model.forward(x)
     for hook in hooks:
         hook.remove()
@@ -574,7 +577,7 @@ def first_bad_layer(model, x):
 
 def stop_if_bad(totals, scaler, model, x, where):
     """UserError where the loss or a gradient was not finite. Waits for the device."""
-    # The scaler skips a step with bad gradients, and then halves its scale, 1 until there.
+    # The scaler's scale is 1 until it skips a step with bad gradients and halves it.
     if not totals[0].isfinite() or scaler.get_scale() != 1:
         layer = first_bad_layer(model, x)
         raise UserError(
@@ -588,7 +591,7 @@ def stop_if_bad(totals, scaler, model, x, where):
 
 def make_dataset(args, procs):
     """The data set on the device. Sets args.batch_size where the recipe leaves it open."""
-    # Read, downloaded, drawn or prepared, see data.load.
+    # One process of each machine downloads and prepares what is missing, the others wait.
     how = args.image_size, args.workers, args.timesteps, args.dvs_split, args.bin_by
     dataset = procs.prepare(lambda: data.load(args.dataset, args.data_dir, *how))
     if args.classes:
@@ -596,7 +599,7 @@ def make_dataset(args, procs):
     if args.limit:
         dataset.limit(args.limit)
     images, parts = len(dataset), procs.world * args.accumulate
-    # Small sets take small batches, for the sake of enough steps.
+    # Small sets take small batches, so that an epoch has enough steps.
     if args.batch_size is None:
         args.batch_size = 64
         if images < 20000:
@@ -606,17 +609,16 @@ def make_dataset(args, procs):
             f"--batch-size {args.batch_size} must divide by {procs.world} processes x --accumulate "
             f"{args.accumulate}, and be at most the {images} training images"
         )
-    # Frames of events are counts, for which TrivialAugment has no meaning.
     if args.cutout and isinstance(dataset, data.Streamed):
         raise UserError(f"--cutout is for images of up to {data.RESIDENT_UP_TO} pixels")
     dataset.cutout = args.cutout
+    # TrivialAugment has no meaning for frames of events, which are counts.
     dataset.augment = args.augment == "trivial" and not dataset.frames
     return dataset.to(procs.device)
 
 
 def make_model(args, dataset, device):
     """(options, model): models.build(**options) makes a network of the same shape."""
-    # All that eval.py needs to build it again.
     options = dict(arch=args.arch, num_classes=len(dataset.classes), width=args.width)
     options.update(timesteps=args.timesteps, in_channels=dataset.channels)
     options.update(threshold=args.threshold, tau=args.tau, learnable=not args.fixed_neuron)
@@ -630,45 +632,36 @@ def make_model(args, dataset, device):
     return options, model.to(device, memory_format=data.memory_format(device))
 
 
-def describe_data(args, dataset):
-    """All that eval.py needs to load the same test set, normalised alike."""
-    # Names, because the number of classes alone would not tell another set.
-    about = dict(name=args.dataset, names=dataset.classes, mean=dataset.mean, std=dataset.std)
-    about.update(image_size=args.image_size, classes=args.classes)
-    about.update(dvs_split=args.dvs_split, bin_by=args.bin_by)
-    return about
-
-
 def start_or_resume(model, checkpoint, args, procs):
     """(optimizer, scaler, progress, totals) of a new run, or with weights from a checkpoint."""
     optimizer = make_optimizer(model, args)
-    # Here only to skip steps whose gradients are not finite, without waiting for the device: the
-    # weights survive a divergence. Its scale is 1.
+    # The scaler does not scale. It skips steps whose gradients are not finite, without waiting for
+    # the device, so that the weights survive a divergence.
     scaler = torch.amp.GradScaler(procs.device.type, init_scale=1.0, growth_interval=2**30)
-    # Where the run is: in this epoch (from 0), after this step.
+    # Where the run is: its epoch (from 0), the steps done in it, and what came before.
     progress = types.SimpleNamespace(epoch=0, step=0, best=0.0, rows=[], seconds=0.0)
-    # The last learning rate and speed, for the log.
+    # For the next row of the log.
     progress.lr, progress.images_per_s = 0.0, 0.0
-    # Of this epoch: loss times images, right answers, images.
+    # Sums over this epoch: loss times images, right answers, images.
     totals = torch.zeros(3, device=procs.device)
     if checkpoint is None:
         return optimizer, scaler, progress, totals
     model.load_state_dict(checkpoint["model"])
-    # What the command line says from now on is not the optimizer's state.
+    # Rates and decay are what the command line says now, not what the optimizer's state says.
     rates = [(group["rate"], group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint["optimizer"])
     for group, (rate, decay) in zip(optimizer.param_groups, rates):
         group.update(rate=rate, weight_decay=decay)
-    # In the memory format that weights have here: channels_last on a GPU and not on a CPU.
+    # The state takes the memory format of the weights: channels_last on a GPU, not on a CPU.
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.dim() == 4:
                 state[name] = torch.empty_like(parameter).copy_(value)
     scaler.load_state_dict(checkpoint["scaler"])
     vars(progress).update({name: checkpoint[name] for name in vars(progress)})
-    # The batch size of a run may change: its place in the epoch stays.
+    # The batch size of a run may change. Its place in the epoch stays.
     progress.step = progress.step * checkpoint["settings"]["batch_size"] // args.batch_size
-    # The sums of all processes: one of them goes on with them.
+    # The checkpoint holds the sums of all processes, and one of them goes on with those.
     if procs.rank == 0:
         totals += checkpoint["totals"].to(procs.device)
     return optimizer, scaler, progress, totals
@@ -683,7 +676,7 @@ def make_fast(model, dataset, args, procs):
     scoring = score
     if fused == "network":
         if on_cuda:
-            # Augmentation and loss are many small kernels.
+            # Augmentation and loss are many small kernels, too.
             dataset.fused, scoring = True, torch.compile(score)
         batches = dataset.train(args.batch_size, args.seed, 0, 0, procs.rank, procs.world)
         x, _ = next(iter(batches))
@@ -745,14 +738,14 @@ def duration(seconds):
     return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
 
 
-def log_row(epoch, rate, sums, test, images_per_s, seconds, split):
-    """A row of log.csv: {column: text}."""
+def log_row(progress, sums, test, seconds, split):
+    """A row of log.csv: {column: text}. sums: of the epoch's loss, right answers and images."""
     loss, right, images = sums
-    row = dict(epoch=epoch, lr=f"{rate:.6g}", train_loss=f"{loss / images:.5f}")
-    row["train_acc"] = f"{right / images:.5f}"
+    row = dict(epoch=progress.epoch + 1, lr=f"{progress.lr:.6g}")
+    row.update(train_loss=f"{loss / images:.5f}", train_acc=f"{right / images:.5f}")
     for t, accuracy in enumerate(test["top1_at"], 1):
         row[f"test_acc_t{t}"] = f"{accuracy:.5f}"
-    row["images_per_s"], row["seconds"] = f"{images_per_s:.1f}", f"{seconds:.1f}"
+    row.update(images_per_s=f"{progress.images_per_s:.1f}", seconds=f"{seconds:.1f}")
     if split:
         row["split"] = split
     return row
@@ -760,18 +753,45 @@ def log_row(epoch, rate, sums, test, images_per_s, seconds, split):
 
 def write_log(file, rows):
     """Write rows, dicts of the same keys, as a CSV file."""
-    # The newest row has all columns: an older version may have written fewer.
-    columns = list(rows[-1])
-    lines = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
-    text = "".join(",".join(line) + "\r\n" for line in lines)
-    data.write_atomically(file, lambda f: f.write(text.encode()))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    data.write_atomically(file, lambda f: f.write(text.getvalue().encode()))
 
 
 def save(file, description, progress, weights, **more):
     """Write a checkpoint: what the run is, where it is, weights, and what more is given."""
-    # Atomically: who is killed while writing leaves the old one.
+    # A run that is killed while it writes leaves the old checkpoint.
     checkpoint = {**description, **vars(progress), "model": weights, **more}
     data.write_atomically(file, lambda f: torch.save(checkpoint, f))
+
+
+class Pace:
+    """The speed of an epoch. Its first step is left out, because it may have compiled something."""
+
+    def __init__(self):
+        self.steps = 0
+        self.start = time.perf_counter()
+
+    def count(self):
+        self.steps += 1
+        if self.steps == 1:
+            self.after_first = time.perf_counter()
+
+    def seconds_a_step(self):
+        now = time.perf_counter()
+        # Unless there is no other step.
+        if self.steps > 1:
+            return (now - self.after_first) / (self.steps - 1)
+        return (now - self.start) / max(self.steps, 1)
+
+
+def time_left(progress, args, steps, seconds_a_step, evaluation_seconds):
+    """The time that the rest of the run takes, as text. steps: of an epoch."""
+    epochs = args.epochs - progress.epoch
+    steps_left = epochs * steps - progress.step
+    return duration(steps_left * seconds_a_step + epochs * evaluation_seconds) + " left"
 
 
 def main(argv=None):
@@ -783,9 +803,8 @@ def main(argv=None):
     set_precision(args, device, say)
     torch.manual_seed(args.seed)
 
+    # Data, network, optimizer: as at the start, or as the checkpoint left them.
     dataset = make_dataset(args, procs)
-    # Full batches only.
-    steps = len(dataset) // args.batch_size
     options, model = make_model(args, dataset, device)
     if checkpoint:
         check_classes(checkpoint, dataset, args.data_dir)
@@ -793,15 +812,17 @@ def main(argv=None):
     procs.from_first(lambda: claim(out, goes_on="resume" in settings))
     describe(args, dataset, model, out, procs)
     trained, scoring = make_fast(model, dataset, args, procs)
-    # What a checkpoint says of itself.
-    about = describe_data(args, dataset)
-    description = dict(format=FORMAT, network=options, settings=vars(args), data=about)
 
-    signals = note_signals()
+    # What every checkpoint of the run says of itself: all that eval.py needs.
+    description = dict(format=FORMAT, network=options, settings=vars(args))
+    description.update(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+    # A last batch that is not full is left out.
+    steps = len(dataset) // args.batch_size
     # Seconds count on from where the run was.
     start = time.perf_counter() - progress.seconds
     saved = printed = time.perf_counter()
     evaluation_seconds = 0.0
+    signals = note_signals()
 
     def save_last(weights):
         # No state of a random generator: all draws depend on seed, epoch and step alone.
@@ -810,20 +831,12 @@ def main(argv=None):
             states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             save(out / "last.pt", description, progress, weights, totals=totals, **states)
 
-    def time_left(seconds_a_step):
-        # Steps and evaluations that are still to come.
-        epochs = args.epochs - progress.epoch
-        steps_left = epochs * steps - progress.step
-        return duration(steps_left * seconds_a_step + epochs * evaluation_seconds) + " left"
-
     while progress.epoch < args.epochs:
         model.train()
-        # Speed is timed from this step and this moment.
-        first_step = timed_from = progress.step
-        clock = time.perf_counter()
+        first_step, pace = progress.step, Pace()
         start_at = progress.epoch, first_step
         for x, y in dataset.train(args.batch_size, args.seed, *start_at, rank, world):
-            # The learning rate of this step; neurons have a part of it.
+            # The learning rate of this step; the neurons' is a part of it.
             rate = learning_rate(progress.epoch * steps + progress.step, args.epochs * steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
@@ -832,59 +845,54 @@ def main(argv=None):
             key = args.seed, progress.epoch, progress.step
             totals += train_step(trained, scoring, optimizer, scaler, x, y, args, key)
             progress.step += 1
+            pace.count()
 
-            # The one place that decides: print, save, stop.
-            now = time.perf_counter()
-            last = progress.step == steps
-            if progress.step == first_step + 1 and not last:
-                # Rates leave out an epoch's first step, which may have compiled something.
-                timed_from, clock = progress.step, now
-            print_due = now - printed > 10 and progress.step > timed_from
-            save_due = now - saved > 60 * args.save_every
+            # The one place that decides: print, save, stop. All processes decide alike.
+            now, last = time.perf_counter(), progress.step == steps
             ask = last or progress.step % 10 == 0
+            print_due = now - printed > 10 and pace.steps > 1
+            save_due = now - saved > 60 * args.save_every
             print_due, save_due, stop = procs.agree(ask, print_due, save_due, signals[-1])
             if print_due or save_due or stop or last:
                 # Only here does the host wait for the device.
                 where = f"by step {progress.step} of epoch {progress.epoch + 1}, rate {rate:.3g}"
                 stop_if_bad(totals, scaler, model, x, where)
             if print_due:
-                # Loss and accuracy of this epoch so far, in this process.
-                printed = now
-                seconds_a_step = (now - clock) / (progress.step - timed_from)
+                # Loss and accuracy are those of this epoch so far, in this process.
+                printed, seconds = now, pace.seconds_a_step()
                 loss, right, images = totals.tolist()
                 say(f"  epoch {progress.epoch + 1}/{args.epochs}, step {progress.step}/{steps}: "
                     f"loss {loss / images:.3f}, accuracy {100 * right / images:.1f} %, "
-                    f"{args.batch_size / seconds_a_step:.0f} images/s, {time_left(seconds_a_step)}")
+                    f"{args.batch_size / seconds:.0f} images/s, "
+                    f"{time_left(progress, args, steps, seconds, evaluation_seconds)}")
             if save_due or stop:
                 # The checkpoint holds the sums of all processes, for one to go on with.
                 procs.gather(totals)
                 save_last(model.state_dict())
                 saved = time.perf_counter()
             if stop:
-                # As a program that a signal ended: 128 and its number.
+                # The exit code of a program that a signal ended is 128 and its number.
                 name = signal.Signals(stop).name
                 say(f"stopped by {name} {where}: go on with --resume {out}")
                 procs.leave(128 + stop)
 
-        # The epoch's end. Save before the evaluation, which may fail on what it reads.
+        # The epoch is over. It is saved before the evaluation, which may fail on what it reads.
         procs.equalise(model, totals)
-        sums = totals.tolist()
-        timed_seconds = time.perf_counter() - clock
-        seconds_a_step = timed_seconds / max(steps - timed_from, 1)
+        sums, seconds = totals.tolist(), pace.seconds_a_step()
         # One copy from the device serves both checkpoints.
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        # A run may go on with an epoch that is trained and not yet evaluated.
         if first_step < steps:
-            # Not where a resumed run finds the epoch trained and only evaluates it.
-            progress.images_per_s = args.batch_size * (steps - timed_from) / timed_seconds
+            progress.images_per_s = args.batch_size / seconds
             save_last(weights)
         saved = time.perf_counter()
-        # Accuracy on the test set, each process evaluating its part.
-        test_batches = dataset.test(args.batch_size // world, rank, world)
-        test = evaluate(model, test_batches, args.amp)
+        # Each process evaluates its part of the test set.
+        test = evaluate(model, dataset.test(args.batch_size // world, rank, world), args.amp)
         evaluation_seconds = time.perf_counter() - saved
+
         # A row of the log, and the best network so far.
-        times = progress.images_per_s, time.perf_counter() - start
-        row = log_row(progress.epoch + 1, progress.lr, sums, test, *times, dataset.split)
+        run_seconds = time.perf_counter() - start
+        row = log_row(progress, sums, test, run_seconds, dataset.split)
         progress.rows.append(row)
         better = test["top1"] > progress.best
         progress.best = max(progress.best, test["top1"])
@@ -896,8 +904,7 @@ def main(argv=None):
         progress.epoch, progress.step = progress.epoch + 1, 0
         totals.zero_()
         cells = ", ".join(f"{name} {value}" for name, value in row.items())
-        say(f"{cells}; {time_left(seconds_a_step)}")
-    # All processes leave together.
+        say(f"{cells}; {time_left(progress, args, steps, seconds, evaluation_seconds)}")
     say(f"done: best test accuracy {100 * progress.best:.2f} %, {out}")
     procs.leave(0)
 
@@ -905,14 +912,14 @@ def main(argv=None):
 def run(main, program):
     """Call main(). What the user can mend becomes one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        # Whatever the terminal's encoding is, printing never ends a run.
+        # A terminal that cannot show a character must not end a run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
         main()
         return
     except (UserError, OSError) as error:
-        # OSError: a name too long, a folder without access.
+        # An OSError that nobody expected: a name too long, a folder without access.
         message = str(error)
     except (MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
