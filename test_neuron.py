@@ -1877,11 +1877,11 @@ def shapes(drawn, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *arguments: copy.copy(drawn))
 
 
-def checkpoint_file(path, arch="resnet19", *flags):
+def checkpoint_file(path, arch="resnet19", amp="--no-amp"):
     """A checkpoint of a network of width 4 with random weights, as train.py would write it."""
     network = dict(arch=arch, num_classes=10, timesteps=2, in_channels=3, width=4)
     mean, std = data.STATISTICS["shapes"][:2]
-    settings = vars(train.with_recipe(train.parse(["--dataset", "shapes", *flags])[0]))
+    settings = vars(train.with_recipe(train.parse(["--dataset", "shapes", amp])[0]))
     torch.save(dict(format=train.FORMAT, network=network, epoch=1, settings=settings,
                     classes=data.SHAPES, mean=mean, std=std,
                     model=randomised(arch, 4).float().state_dict()), path)
@@ -2174,8 +2174,8 @@ def test_report_comparison_and_plot(tmp_path, shapes, capsys):
 
 
 def test_precision_is_that_of_training_unless_told(tmp_path, shapes, capsys):
-    plain = checkpoint_file(tmp_path / "a.pt", "resnet19", "--no-amp")
-    amp = checkpoint_file(tmp_path / "b.pt", "resnet19", "--amp")
+    plain = checkpoint_file(tmp_path / "a.pt", amp="--no-amp")
+    amp = checkpoint_file(tmp_path / "b.pt", amp="--amp")
     for file, flag, expected in ((plain, [], "float32"), (amp, [], "bfloat16"),
                                  (plain, ["--amp"], "bfloat16"), (amp, ["--no-amp"], "float32")):
         out = printed(capsys, evaluation, file, *flag, "--images", 8)
