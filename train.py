@@ -110,129 +110,134 @@ not_negative = number(float, 0)
 share = number(float, 0, 1)
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the docstring as it stands, and the default behind each flag's explanation."""
+def add_network(add):
+    add("--arch", "resnet19", choices=models.ARCHS, help="network (%(default)s)")
+    add("--timesteps", 4, type=count, help="T: steps of an image, frames of a recording (4)")
+    add("--width", 64, type=count, help="channels of the stem; 64 is the published network (64)")
+    add("--threshold", 1.0, type=positive, help="initial threshold theta (1)")
+    add("--tau", 2.0, type=number(float, 1, above=True), help="initial tau, in time steps (2)")
+    add("--mp-init", "active", choices=("active", "all", "off"),
+        help="start at the mean potential of neurons that fired (active), of all, or at 0 (off)")
+    add("--surrogate", "trsg", choices=("trsg", "absolute"),
+        help="TrSG, whose window scales with theta, or a window of fixed width (trsg)")
+    add("--fixed-neuron", False, action="store_true", help="do not train theta and tau")
+    add("--scale-currents", False, action="store_true",
+        help="BatchNorm's weights start at theta instead of 1")
+
+
+def add_data(add):
+    add("--dataset", "cifar100", choices=data.DATASETS, help="see data.py (%(default)s)")
+    add("--data-dir", "data", type=path, help="where data sets are; for folder: the tree (data)")
+    add("--image-size", type=count, help="of shapes and folder (32), of imagenet (224)")
+    add("--dvs-split", "first100", choices=("first100", "random"),
+        help="test set of cifar10-dvs: recordings 0 to 99 of a class, or a random tenth (first100)")
+    add("--bin-by", "count", choices=("count", "time"),
+        help="cut recordings into frames of equally many events, or equally long ones (count)")
+    add("--classes", type=number(int, 2), metavar="N", help="use the first N classes only")
+    add("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
+    add("--cutout", 0, type=count_or_0, help="side of a square to blank, in pixels (0)")
+    add("--workers", 2, type=count_or_0, help="processes that decode images (2)")
 
 
 def add_recipe(add):
-    add("--recipe", choices=RECIPES, help="default: fast for shapes, else the network's own")
+    add("--recipe", choices=RECIPES, help="fast for shapes, spikformer for spikformer, else paper")
     add("--epochs", type=count, help="passes over the training set")
     add("--batch-size", type=count, help="images a step, of all processes together")
-    add("--accumulate", type=count, default=1, help="compute a step in so many parts, for memory")
+    add("--accumulate", 1, type=count, help="compute a step in so many parts, for memory (1)")
     add("--optimizer", choices=("sgd", "nesterov", "adamw"), help="SGD has momentum 0.9")
     add("--lr", type=positive, help="peak learning rate, from which a cosine falls to 0")
-    add("--warmup", type=share, help="the warm-up's part of the run")
-    add("--neuron-rate", type=not_negative, help="learning rate of the neurons, as a part of --lr")
+    add("--warmup", type=share, help="part of the run in which the rate rises linearly to --lr")
+    add("--neuron-rate", type=not_negative, help="learning rate of theta and tau, in units of --lr")
     add("--weight-decay", type=not_negative, help="weight decay")
     add("--decayed", choices=("all", "weights"), help="what decays: all parameters, or weights")
     add("--start", choices=("published", "kaiming"), help="how weights start, see models.build")
     add("--label-smoothing", type=share, help="label smoothing")
     add("--mixup", type=not_negative, help="alpha of mixup's Beta distribution, 0 for none")
     add("--augment", choices=("plain", "trivial"), help="shifts and flips, or TrivialAugment too")
-    add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
+    add("--seed", 0, type=number(int, 0, 2**63), help="random seed (0)")
 
 
-def make_parser():
-    how = dict(formatter_class=Help, allow_abbrev=False)
-    parser = argparse.ArgumentParser("train.py", description=__doc__, **how)
-    # Flags without a default below are absent unless given.
-    absent = {"argument_default": argparse.SUPPRESS}
-
-    add = parser.add_argument_group("network", **absent).add_argument
-    add("--arch", choices=models.ARCHS, default="resnet19", help="network")
-    add("--timesteps", type=count, default=4, help="T: steps of an image, frames of a recording")
-    add("--width", type=count, default=64, help="channels of the stem; 64 as published, 8: laptop")
-    add("--threshold", type=positive, default=1.0, help="initial threshold theta")
-    add("--tau", type=number(float, 1, above=True), default=2.0, help="initial tau, in time steps")
-    # Start at the mean potential of the neurons that fired (the paper), of all neurons, or at 0.
-    starts = ("active", "all", "off")
-    add("--mp-init", choices=starts, default="active", help="mean over which neurons to start at")
-    forms = ("trsg", "absolute")
-    add("--surrogate", choices=forms, default="trsg", help="TrSG, or a window of fixed width")
-    add("--fixed-neuron", action="store_true", default=False, help="do not train the neurons")
-    add("--scale-currents", action="store_true", default=False, help="BatchNorm starts at theta")
-
-    add = parser.add_argument_group("data", **absent).add_argument
-    add("--dataset", choices=data.DATASETS, default="cifar100", help="data set, see data.py")
-    add("--data-dir", type=path, default="data", help="where data sets are; for 'folder' the tree")
-    add("--image-size", type=count, help="of shapes and folder (default: 32), imagenet (224)")
-    # The test set is recordings 0 to 99 of each class, or a random tenth.
-    splits = ("first100", "random")
-    add("--dvs-split", choices=splits, default="first100", help="test set of cifar10-dvs")
-    add("--bin-by", choices=("count", "time"), default="count", help="frames: equal count or time")
-    add("--classes", type=number(int, 2), metavar="N", help="use the first N classes only")
-    add("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
-    add("--cutout", type=count_or_0, default=0, help="side of a square to blank, in pixels")
-    add("--workers", type=count_or_0, default=2, help="processes that decode images")
-
-    about = "What is not given is the recipe's, and printed at the start."
-    add_recipe(parser.add_argument_group("recipe", about, **absent).add_argument)
-
-    add = parser.add_argument_group("machine and run", **absent).add_argument
+def add_machine(add):
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=gpu, help="cpu, cuda or cuda:N")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on GPUs with it)")
-    fused = ("network", "neurons", "off")
-    add("--compile", choices=fused, help="what to fuse (default: network on CUDA, else neurons)")
+    add("--device", gpu, help="cpu, cuda or cuda:N (%(default)s)")
+    add("--amp", action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16 (default: on GPUs that have it)")
+    add("--compile", choices=("network", "neurons", "off"),
+        help="what torch.compile fuses (network on CUDA, else neurons)")
     add("--no-compile", dest="compile", action="store_const", const="off", help="--compile off")
-    add("--deterministic", action="store_true", default=False, help="repeatable on CUDA, slower")
-    add("--out", type=path, metavar="DIR", help="log and checkpoints (default: a folder in runs/)")
+    add("--deterministic", False, action="store_true", help="repeatable on CUDA, slower")
+    add("--out", type=path, metavar="DIR", help="log and checkpoints (a new folder in runs/)")
     add("--resume", type=path, metavar="DIR", help="go on with a run; auto: that in --out, if any")
-    add("--save-every", type=positive, default=10.0, metavar="MINUTES", help="within epochs too")
+    add("--save-every", 10.0, type=positive, metavar="MINUTES", help="within epochs too (10)")
+
+
+def make_parser(defaults=True):
+    """The flags. Without defaults the result holds only those that were really given."""
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser("train.py", description=__doc__, **how)
+
+    def adder(title, description=None):
+        # What adds a flag below a heading of --help.
+        group = parser.add_argument_group(title, description)
+
+        def add(flag, default=None, **options):
+            default = default if defaults else argparse.SUPPRESS
+            group.add_argument(flag, default=default, **options)
+
+        return add
+
+    add_network(adder("network"))
+    add_data(adder("data"))
+    about = "What is not given is the recipe's, and printed at the start."
+    add_recipe(adder("recipe", about))
+    add_machine(adder("machine and run"))
     return parser
 
 
 def parse(argv=None):
-    """The command line as (settings, given): a value for every flag, and the flags really given."""
-    # A run that goes on keeps its own settings, except for the flags really given. To tell these
-    # from defaults the command line is read twice.
+    """The command line as (args, given): all settings, and those really given as a dict."""
     parser = make_parser()
-    settings = vars(parser.parse_args(argv))
-    # argparse fills in a default only where the namespace has no value yet. Here all have None.
-    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))
-    given = {name: value for name, value in vars(marked).items() if value is not None}
-    resume = settings.get("resume")
-    if resume == "auto" and "out" not in settings:
+    args = parser.parse_args(argv)
+    # A run that goes on keeps its own settings, except for the flags really given.
+    given = vars(make_parser(defaults=False).parse_args(argv))
+    if args.resume == "auto" and args.out is None:
         parser.error("--resume auto needs --out DIR")
-    if resume not in (None, "auto") and "out" in settings:
+    if args.resume not in (None, "auto") and args.out is not None:
         parser.error("--resume DIR goes on in that folder: leave --out out")
-    return settings, given
+    return args, given
 
 
-def with_recipe(settings):
-    """A namespace with every setting: what is missing is the recipe's, or follows from others."""
-    missing = dict.fromkeys(["recipe", "image_size", "classes", "limit", "amp", "compile"])
-    args = argparse.Namespace(**{**missing, **settings})
+def with_recipe(args):
+    """args, completed in place: what is None becomes the recipe's, or follows from the others."""
     # Drawn shapes are for a first try, which has to be short.
     if args.recipe is None:
         args.recipe = "fast" if args.dataset.startswith("shapes") else "paper"
         if args.arch == "spikformer":
             args.recipe = "spikformer"
-    # A flag that was given stands, everything else is the recipe's.
     for name, values in RECIPE.items():
-        vars(args).setdefault(name, values[RECIPES.index(args.recipe)])
+        if getattr(args, name) is None:
+            setattr(args, name, values[RECIPES.index(args.recipe)])
     # ImageNet's size is the published one. Drawn shapes and folders have CIFAR's.
     if args.image_size is None:
         args.image_size = 224 if args.dataset == "imagenet" else 32
     return args
 
 
-def open_run(settings, given):
+def open_run(args, given):
     """(folder of the run, its checkpoint or None, args). Replaces no run unless asked to go on."""
-    resume = settings.get("resume")
+    resume = args.resume
     # A batch system may repeat a command with --resume auto as it stands.
     if resume == "auto":
-        resume = settings["out"] if os.path.exists(f"{settings['out']}/last.pt") else None
+        resume = args.out if os.path.exists(f"{args.out}/last.pt") else None
     if resume is None:
-        args = with_recipe(settings)
         # Two runs started in the same second differ by the number of their process.
         name = f"{args.dataset}-{args.arch}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        out = pathlib.Path(settings.get("out", f"runs/{name}"))
+        out = pathlib.Path(args.out or f"runs/{name}")
         present = [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]
-        if present and "resume" not in settings:
+        if present and args.resume is None:
             advice = "add --resume auto to go on with it, or give another --out"
             raise UserError(f"{out} holds a run ({', '.join(present)}): {advice}")
-        return out, None, args
+        return out, None, with_recipe(args)
     out = pathlib.Path(resume)
     checkpoint = load_checkpoint(out / "last.pt")
     if "optimizer" not in checkpoint or checkpoint.get("folded"):
@@ -243,7 +248,7 @@ def open_run(settings, given):
         if name in given and given[name] != old[name]:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"the run in {out} has {flag} {old[name]}, not {given[name]}")
-    args = with_recipe({**old, "device": settings["device"], **given})
+    args = with_recipe(argparse.Namespace(**{**old, "device": args.device, **given}))
     if checkpoint["epoch"] >= args.epochs:
         raise UserError(f"the run in {out} is in epoch {checkpoint['epoch'] + 1} already")
     return out, checkpoint, args
@@ -796,10 +801,10 @@ def time_left(progress, args, steps, seconds_a_step, evaluation_seconds):
 
 def main(argv=None):
     # Who we are, and whether a run goes on.
-    settings, given = parse(argv)
-    procs = Processes(settings["device"])
+    args, given = parse(argv)
+    procs = Processes(args.device)
     device, rank, world, say = procs.device, procs.rank, procs.world, procs.say
-    out, checkpoint, args = procs.from_first(lambda: open_run(settings, given))
+    out, checkpoint, args = procs.from_first(lambda: open_run(args, given))
     set_precision(args, device, say)
     torch.manual_seed(args.seed)
 
@@ -809,7 +814,7 @@ def main(argv=None):
     if checkpoint:
         check_classes(checkpoint, dataset, args.data_dir)
     optimizer, scaler, progress, totals = start_or_resume(model, checkpoint, args, procs)
-    procs.from_first(lambda: claim(out, goes_on="resume" in settings))
+    procs.from_first(lambda: claim(out, goes_on=args.resume is not None))
     describe(args, dataset, model, out, procs)
     trained, scoring = make_fast(model, dataset, args, procs)
 
