@@ -217,18 +217,18 @@ def files_below(folder, endings):
     return sorted((p for p in paths if p.lower().endswith(endings)), key=os.path.split)
 
 
-class ImageTree:
-    """The images <class>/** below root/name, of the first name with classes, as a torch data set:
-    item (index, seed) is an image, uint8 [3, H, W], and its label."""
+def class_folders(folder):
+    """The names of the folders in a folder, sorted."""
+    # A pattern that ends in / finds folders only, and none that begins with a dot.
+    return sorted(os.path.dirname(name) for name in glob.glob("*/", root_dir=folder))
 
-    def __init__(self, root, *names):
-        # A pattern that ends in / finds folders only, and none that begins with a dot.
-        folders = [root / name for name in names if glob.glob("*/", root_dir=root / name)]
-        if not folders:
-            raise UserError(f"{root}: no folder {' or '.join(names)} with class folders; expected "
-                            "train/<class>/*.png|jpg|webp and test/<class>/* or val/<class>/*")
-        self.transform, folder = None, folders[0]
-        self.classes = sorted(os.path.dirname(name) for name in glob.glob("*/", root_dir=folder))
+
+class ImageTree:
+    """The images <class>/** in a folder, as a torch data set: item (index, seed) is an image, uint8
+    [3, H, W], and its label."""
+
+    def __init__(self, folder):
+        self.classes, self.transform = class_folders(folder), None
         labels = {name: label for label, name in enumerate(self.classes)}
         # The class is the first folder of a path.
         self.samples = [(os.path.join(folder, path), labels[path.split(os.sep)[0]])
@@ -249,16 +249,18 @@ class ImageTree:
 
 def image_trees(root):
     """The training and the test images below root, of the same classes."""
-    train = ImageTree(root, "train")
-    # The test set is test/ or val/, whichever has the classes of training. ImageNet's test images
-    # have no labels and lie in no class folders.
-    alike = [name for name in ("test", "val")
-             if all((root / name / label).is_dir() for label in train.classes)]
-    test = ImageTree(root, *(alike or ("test", "val")))
-    differing = sorted(set(train.classes) ^ set(test.classes))
-    if differing:
-        raise UserError(f"{root}: the class folders of training and test differ: {differing[:5]}")
-    return train, test
+    classes = class_folders(root / "train")
+    tests = [name for name in ("test", "val") if class_folders(root / name)]
+    for name, found in (("train", classes), ("test or val", tests)):
+        if not found:
+            raise UserError(f"{root}: no folder {name} with class folders; expected train/<class>/"
+                            "*.png|jpg|webp and test/<class>/* or val/<class>/*")
+    # The test set is in the folder with the classes of training. ImageNet's test/ has no classes.
+    for name in tests:
+        if class_folders(root / name) == classes:
+            return ImageTree(root / "train"), ImageTree(root / name)
+    differing = sorted(set(classes) ^ set(class_folders(root / tests[0])))
+    raise UserError(f"{root}: the class folders of training and test differ: {differing[:5]}")
 
 
 def read_image(path):
