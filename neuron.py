@@ -1,8 +1,8 @@
 """A leaky integrate-and-fire layer that trains stably: MP-Init and TrSG. Needs torch alone.
 
     from neuron import TrLIF
-    lif = TrLIF()             # learnable threshold (starts at 1) and leak (starts at tau = 2)
-    spikes = lif(current)     # [T, B, ...] -> [T, B, ...], each value 0 or lif.threshold
+    layer = TrLIF()           # learnable threshold (starts at 1) and leak (starts at tau = 2)
+    spikes = layer(current)   # [T, B, ...] -> [T, B, ...], each value 0 or layer.threshold
 
 Copy this file into your project. A layer takes the input current of all T time steps at once and
 keeps no potentials between calls: there is no state to reset. For input current x[t], t = 1..T,
@@ -49,8 +49,8 @@ COMPILE = True
 
 
 class Emit(torch.autograd.Function):
-    """o = theta where a neuron fires, else 0: what a spike takes from the potential, and with
-    TrSG what is emitted. Backward takes the surrogate derivative of s.
+    """Forward: o = theta where a neuron fires, else 0. `lif` takes o from the potential; with TrSG
+    it is also what the neuron emits. Backward: the surrogate derivative of s.
 
     s          bool, which neurons fire: h >= threshold. h, threshold and the result have its shape
     surrogate  "trsg": s as a function of r = h / theta, ds/dr = 1 where |r - 1| <= 1/2, else 0
@@ -128,8 +128,9 @@ def mean_potential(v, fired, v_init, mp_init, distributed):
 
     v, fired   the potential after the last step and which neurons fired, [rows, columns]
     v_init     what is returned where no neuron fired, or a potential is NaN or infinite
-    mp_init    "active": over the neurons that fired (the paper); "all": over every neuron;
-               "off": None is returned
+    mp_init    "active": over the neurons that fired (the paper), because the potentials of the
+               others say little about what is emitted; "all": over every neuron; "off": no mean,
+               None is returned
     arXiv:2511.08708.
     """
     if mp_init == "off":
@@ -164,8 +165,8 @@ class TrLIF(nn.Module):
     learnable  whether threshold and tau, one each for the layer, are trained
     check      look for NaN and infinity in every input (this waits for the device)
 
-    forward: current [T, B, ...] -> spikes of the same shape and dtype, with values 0 or theta
-    ("trsg"), or 0 or 1 ("absolute"). Raises TypeError for a current that is not floating point,
+    forward: current [T, B, ...] -> spikes of the same shape and dtype, with values 0 or theta, in
+    that dtype ("trsg"), or 0 or 1 ("absolute"). Raises TypeError for a current that is not floating point,
     ValueError for one without T and B, with T = 0, or not finite (check). arXiv:2511.08708.
 
     Limits:
@@ -230,7 +231,8 @@ class TrLIF(nn.Module):
         distributed = dist.is_available() and dist.is_initialized()
         if mp_init != "off" and not torch.compiler.is_compiling():
             # torch.utils.checkpoint runs a layer again inside the backward pass. Only there this
-            # number is not -1. Asked first, because such a run is broken off as soon as possible.
+            # number is not -1. After the loop it would be too late to ask, since checkpoint breaks
+            # that run off once it has what it needs.
             if torch._C._current_graph_task_id() != -1:
                 raise RuntimeError("TrLIF runs again in the backward pass, where it would start "
                                    "from another mean: no torch.utils.checkpoint in training")
@@ -263,11 +265,11 @@ FAILED = set()
 
 def lif_recomputed(x, v_init, threshold, decay, surrogate):
     """lif for x [T, rows, columns], keeping nothing but x for the backward pass."""
-    # A threshold and decay a row: their gradients, too, are summed row by row first.
+    # One threshold and decay for each row, so that their gradients, too, are summed by rows first.
     threshold, decay = threshold.expand(x.shape[1], 1), decay.expand(x.shape[1], 1)
     # Backward runs the loop again from x. Reading x once more is far cheaper than writing and
-    # reading every step's potential. The spikes are stacked outside: whatever they go to keeps
-    # them anyway, and backward need not compute them again.
+    # reading every step's potential. The spikes are stacked outside of the checkpoint, because the
+    # next layer keeps them anyway and backward need not compute them again.
     spikes, v, fired = checkpoint(lif, x, v_init, threshold, decay, surrogate,
                                   use_reentrant=False, preserve_rng_state=False)
     return torch.stack(spikes), v, fired
@@ -302,70 +304,77 @@ def compiled(function):
     return torch.compile(function, dynamic=True, options=compile_options())
 
 
-def run_compiled(x, v_init, threshold, decay, surrogate, mp_init, distributed):
+def run_compiled(table, v_init, threshold, decay, surrogate, mp_init, distributed):
     """lif_and_mean_recomputed(...) as compiled kernels, in pieces where T is large."""
-    if len(x) <= STEPS_A_KERNEL:
-        function = compiled(lif_and_mean_recomputed)
-        return function(x, v_init, threshold, decay, surrogate, mp_init, distributed)
-    v, spikes = v_init.expand(x.shape[1:]), []
-    fired = torch.zeros_like(x[0], dtype=torch.bool)
+    if len(table) <= STEPS_A_KERNEL:
+        kernel = compiled(lif_and_mean_recomputed)
+        return kernel(table, v_init, threshold, decay, surrogate, mp_init, distributed)
+    v, spikes = v_init.expand(table.shape[1:]), []
+    fired = torch.zeros_like(table[0], dtype=torch.bool)
     # The potential is carried on from piece to piece, and the gradient through it back.
-    function = compiled(lif_recomputed)
-    for piece in x.split(STEPS_A_KERNEL):
-        piece_spikes, v, piece_fired = function(piece, v, threshold, decay, surrogate)
+    kernel = compiled(lif_recomputed)
+    for piece in table.split(STEPS_A_KERNEL):
+        piece_spikes, v, piece_fired = kernel(piece, v, threshold, decay, surrogate)
         spikes.append(piece_spikes)
         fired = fired | piece_fired
     return torch.cat(spikes), mean_potential(v, fired, v_init, mp_init, distributed)
 
 
 def being_traced():
-    """Whether something follows each operation: torch.jit.trace, make_fx, torch.func, a counter."""
+    """Whether a tracer or transform intercepts each operation (torch.jit.trace, make_fx,
+    torch.func, a counter of operations), from which a compiled kernel would hide them."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     dispatched = torch.utils._python_dispatch.is_in_torch_dispatch_mode()
     return torch.jit.is_tracing() or transformed or dispatched
 
 
-def fused_lif_and_mean(x, *arguments):
-    """lif_and_mean(x, *arguments), fused where that pays and is possible, else as it stands."""
-    compiling = torch.compiler.is_compiling()
-    small = x.device.type == "cpu" and x.numel() < CPU_COMPILE_FROM
-    if not compiling and (small or being_traced()):
-        return lif_and_mean(x, *arguments)
-    # Neurons do not interact, so the loop sees them as [T, rows, columns], in the order in which
-    # they lie in memory. Contiguous and channels_last inputs both become views without a copy, and
-    # layers of all shapes share kernels.
+def as_table(x):
+    """(x as [T, rows, columns], a function that gives such a table the shape of x again).
+
+    Neurons do not interact, so they may be listed in the order in which they lie in memory.
+    Contiguous and channels_last inputs both become views without a copy, and layers of all shapes
+    share kernels.
+    """
     order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
-    in_memory_order = x.permute(0, *order)
-    if not in_memory_order[0].is_contiguous():
-        order, in_memory_order = list(range(1, x.dim())), x.contiguous()
+    if not x.permute(0, *order)[0].is_contiguous():
+        order, x = list(range(1, x.dim())), x.contiguous()
+    listed = x.permute(0, *order)
     # A CPU sums fastest in one row, a GPU needs many. The columns must divide the neurons.
     neurons = x[0].numel()
     columns = max(neurons, 1) if x.device.type == "cpu" else math.gcd(neurons, 2048)
-    rows = in_memory_order.reshape(len(x), -1, columns)
-    if compiling:
+    # The inverse permutation.
+    back = [0] + [1 + order.index(dim) for dim in range(1, x.dim())]
+    table = listed.reshape(len(x), -1, columns)
+    return table, lambda result: result.reshape(listed.shape).permute(back)
+
+
+def fused_lif_and_mean(x, v_init, threshold, decay, surrogate, mp_init, distributed):
+    """lif_and_mean, fused where that pays and is possible, else as it stands."""
+    arguments = v_init, threshold, decay, surrogate, mp_init, distributed
+    if torch.compiler.is_compiling():
         # A network that is compiled as a whole fuses the loop itself.
-        spikes, m = lif_and_mean_recomputed(rows, *arguments)
-    else:
-        surrogate, mp_init = arguments[3:5]
-        variant = x.device.type, len(x), x.dtype, surrogate, mp_init, torch.is_grad_enabled()
-        if variant in FAILED:
-            return lif_and_mean(x, *arguments)
-        try:
-            # Unlike other views this one is none to torch.compile, which would compile anew for
-            # each kind of view.
-            rows = torch.ops.aten._unsafe_view(rows, rows.shape)
-            spikes, m = run_compiled(rows, *arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ImportError, OSError) as error:
-            # If the input is at fault and not the compiler, this raises the error again.
-            result = lif_and_mean(x, *arguments)
-            FAILED.add(variant)
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"neuron.py: torch.compile does not work here for T = {len(x)}, so this "
-                          f"layer runs operation by operation (slower, equal up to rounding): "
-                          f"{type(error).__name__}: {reason}")
-            return result
-    # Back into the order of the input's dimensions, by the inverse permutation.
-    back = [1 + order.index(dim) for dim in range(1, x.dim())]
-    return spikes.reshape(in_memory_order.shape).permute(0, *back), m
+        table, undo = as_table(x)
+        spikes, m = lif_and_mean_recomputed(table, *arguments)
+        return undo(spikes), m
+    small = x.device.type == "cpu" and x.numel() < CPU_COMPILE_FROM
+    variant = x.device.type, len(x), x.dtype, surrogate, mp_init, torch.is_grad_enabled()
+    if small or being_traced() or variant in FAILED:
+        return lif_and_mean(x, *arguments)
+    table, undo = as_table(x)
+    try:
+        # torch.compile compiles anew for each way in which a view was made. It does not know that
+        # the result of _unsafe_view is one.
+        table = torch.ops.aten._unsafe_view(table, table.shape)
+        spikes, m = run_compiled(table, *arguments)
+        return undo(spikes), m
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ImportError, OSError) as error:
+        # If the input is at fault and not the compiler, this raises the error again.
+        result = lif_and_mean(x, *arguments)
+        FAILED.add(variant)
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"neuron.py: torch.compile does not work here for T = {len(x)}, so this "
+                      f"layer runs operation by operation (slower, equal up to rounding): "
+                      f"{type(error).__name__}: {reason}")
+        return result

@@ -1740,7 +1740,7 @@ def test_the_papers_recipe_is_printed_and_followed(capsys, tiny, tmp_path):
     assert learnt == {id(p) for p in model.parameters()}
     for group in groups:
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 5e-4)
-        assert group["rate"] == 1
+        assert group["lr_scale"] == 1
 
 
 def test_recipes_are_chosen_by_data_and_network_and_flags_override_them(tiny):
@@ -1764,7 +1764,7 @@ def test_weight_decay_can_spare_thresholds_decays_and_batchnorm():
     assert decayed == {id(layer.weight) for layer in layers}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     # Thresholds and time constants learn at a tenth of the rate.
-    slowed = {id(p) for group in groups if group["rate"] == 0.1 for p in group["params"]}
+    slowed = {id(p) for group in groups if group["lr_scale"] == 0.1 for p in group["params"]}
     neurons = [m for m in model.modules() if isinstance(m, neuron.TrLIF)]
     assert slowed == {id(p) for n in neurons for p in (n.raw_threshold, n.raw_decay)}
 

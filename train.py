@@ -14,17 +14,16 @@ This file imports neuron.py, models.py and data.py; eval.py imports this one.
 
 import argparse
 import contextlib
-import csv
 import ctypes
+import dataclasses
 import datetime
-import io
+import functools
 import math
 import os
 import pathlib
 import signal
 import sys
 import time
-import types
 import warnings
 import zipfile
 
@@ -42,8 +41,7 @@ from data import UserError, first_line
 # What determines a result besides network and data. A flag of the same name overrides a value.
 # paper: the authors' published code to the letter, except that the cosine falls at every step
 #   instead of every epoch.
-# fast: for short runs and narrow networks. A threshold gathers the gradients of a whole layer, and
-#   at the full rate of the weights narrow networks stayed at chance or diverged.
+# fast: for short runs and narrow networks.
 # spikformer: as its authors train it, except for the augmentation.
 RECIPES = ("paper", "fast", "spikformer")
 RECIPE = {
@@ -56,7 +54,8 @@ RECIPE = {
     # The peak. A linear warm-up leads to it, over a part of the run, and a cosine from it to 0.
     "lr": (0.02, 0.3, 5e-4),
     "warmup": (0.0, 0.05, 0.1),
-    # The rate of thresholds and time constants, as a part of lr.
+    # The learning rate of thresholds and time constants, in units of lr. Their gradients are sums
+    # over a whole layer. At the full rate narrow networks stayed at chance or diverged.
     "neuron_rate": (1.0, 0.1, 1.0),
     # All parameters decay, or weights only: no biases, BatchNorm, thresholds and time constants.
     "weight_decay": (5e-4, 5e-4, 0.06),
@@ -66,14 +65,17 @@ RECIPE = {
     "label_smoothing": (0.0, 0.0, 0.1),
     # Alpha of mixup's Beta distribution, 0 for no mixup.
     "mixup": (0.0, 0.0, 0.5),
-    # Shifts (for streamed images random resized crops) and flips; "trivial" adds TrivialAugment,
-    # for which torchvision lets a GPU wait several times a step.
+    # Shifts (for streamed images random resized crops) and flips. "trivial" adds TrivialAugment,
+    # which makes a GPU wait for the CPU several times a step.
     "augment": ("plain", "plain", "plain"),
 }
 # Settings that a resumed run may not change, because its weights, its data or the state of its
 # optimizer would no longer fit.
-FIXED = ["dataset", "arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate"]
-FIXED += ["fixed_neuron", "scale_currents", "recipe", "optimizer", "dvs_split", "bin_by", "classes"]
+FIXED = (
+    *("dataset", "image_size", "dvs_split", "bin_by", "classes", "limit"),
+    *("arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate"),
+    *("fixed_neuron", "scale_currents", "recipe", "optimizer"),
+)
 FORMAT = "MP-Init + TrSG checkpoint 3"
 
 
@@ -111,39 +113,40 @@ share = number(float, 0, 1)
 
 
 def add_network(add):
-    add("--arch", "resnet19", choices=models.ARCHS, help="network (%(default)s)")
-    add("--timesteps", 4, type=count, help="T: steps of an image, frames of a recording (4)")
-    add("--width", 64, type=count, help="channels of the stem; 64 is the published network (64)")
-    add("--threshold", 1.0, type=positive, help="initial threshold theta (1)")
-    add("--tau", 2.0, type=number(float, 1, above=True), help="initial tau, in time steps (2)")
-    add("--mp-init", "active", choices=("active", "all", "off"),
-        help="start at the mean potential of neurons that fired (active), of all, or at 0 (off)")
-    add("--surrogate", "trsg", choices=("trsg", "absolute"),
+    add("--arch", default="resnet19", choices=models.ARCHS, help="network (%(default)s)")
+    add("--timesteps", default=4, type=count, help="T: steps of an image, or frames of events (4)")
+    add("--width", default=64, type=count, help="channels of the stem, 64 as published (64)")
+    add("--threshold", default=1.0, type=positive, help="initial threshold theta (1)")
+    above_1 = number(float, 1, above=True)
+    add("--tau", default=2.0, type=above_1, help="initial time constant tau, in time steps (2)")
+    add("--mp-init", default="active", choices=("active", "all", "off"),
+        help="start at the mean of neurons that fired, at that of all, or at 0 (active)")
+    add("--surrogate", default="trsg", choices=("trsg", "absolute"),
         help="TrSG, whose window scales with theta, or a window of fixed width (trsg)")
-    add("--fixed-neuron", False, action="store_true", help="do not train theta and tau")
-    add("--scale-currents", False, action="store_true",
+    add("--fixed-neuron", action="store_true", help="do not train theta and tau")
+    add("--scale-currents", action="store_true",
         help="BatchNorm's weights start at theta instead of 1")
 
 
 def add_data(add):
-    add("--dataset", "cifar100", choices=data.DATASETS, help="see data.py (%(default)s)")
-    add("--data-dir", "data", type=path, help="where data sets are; for folder: the tree (data)")
+    add("--dataset", default="cifar100", choices=data.DATASETS, help="see data.py (%(default)s)")
+    add("--data-dir", default="data", type=path, help="where data is; for folder the tree (data)")
     add("--image-size", type=count, help="of shapes and folder (32), of imagenet (224)")
-    add("--dvs-split", "first100", choices=("first100", "random"),
+    add("--dvs-split", default="first100", choices=("first100", "random"),
         help="test set of cifar10-dvs: recordings 0 to 99 of a class, or a random tenth (first100)")
-    add("--bin-by", "count", choices=("count", "time"),
+    add("--bin-by", default="count", choices=("count", "time"),
         help="cut recordings into frames of equally many events, or equally long ones (count)")
     add("--classes", type=number(int, 2), metavar="N", help="use the first N classes only")
     add("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
-    add("--cutout", 0, type=count_or_0, help="side of a square to blank, in pixels (0)")
-    add("--workers", 2, type=count_or_0, help="processes that decode images (2)")
+    add("--cutout", default=0, type=count_or_0, help="side of a square to blank, in pixels (0)")
+    add("--workers", default=2, type=count_or_0, help="processes that decode images (2)")
 
 
 def add_recipe(add):
     add("--recipe", choices=RECIPES, help="fast for shapes, spikformer for spikformer, else paper")
     add("--epochs", type=count, help="passes over the training set")
     add("--batch-size", type=count, help="images a step, of all processes together")
-    add("--accumulate", 1, type=count, help="compute a step in so many parts, for memory (1)")
+    add("--accumulate", default=1, type=count, help="compute a step in N parts, to save memory (1)")
     add("--optimizer", choices=("sgd", "nesterov", "adamw"), help="SGD has momentum 0.9")
     add("--lr", type=positive, help="peak learning rate, from which a cosine falls to 0")
     add("--warmup", type=share, help="part of the run in which the rate rises linearly to --lr")
@@ -154,43 +157,32 @@ def add_recipe(add):
     add("--label-smoothing", type=share, help="label smoothing")
     add("--mixup", type=not_negative, help="alpha of mixup's Beta distribution, 0 for none")
     add("--augment", choices=("plain", "trivial"), help="shifts and flips, or TrivialAugment too")
-    add("--seed", 0, type=number(int, 0, 2**63), help="random seed (0)")
+    add("--seed", default=0, type=number(int, 0, 2**63), help="random seed (0)")
 
 
 def add_machine(add):
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", gpu, help="cpu, cuda or cuda:N (%(default)s)")
+    add("--device", default=gpu, help="cpu, cuda or cuda:N (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="compute in bfloat16 (default: on GPUs that have it)")
     add("--compile", choices=("network", "neurons", "off"),
         help="what torch.compile fuses (network on CUDA, else neurons)")
     add("--no-compile", dest="compile", action="store_const", const="off", help="--compile off")
-    add("--deterministic", False, action="store_true", help="repeatable on CUDA, slower")
+    add("--deterministic", action="store_true", help="repeatable on CUDA, slower")
     add("--out", type=path, metavar="DIR", help="log and checkpoints (a new folder in runs/)")
     add("--resume", type=path, metavar="DIR", help="go on with a run; auto: that in --out, if any")
-    add("--save-every", 10.0, type=positive, metavar="MINUTES", help="within epochs too (10)")
+    add("--save-every", default=10.0, type=positive, metavar="MINUTES",
+        help="write last.pt within epochs too (10)")
 
 
-def make_parser(defaults=True):
-    """The flags. Without defaults the result holds only those that were really given."""
+def make_parser():
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser("train.py", description=__doc__, **how)
-
-    def adder(title, description=None):
-        # What adds a flag below a heading of --help.
-        group = parser.add_argument_group(title, description)
-
-        def add(flag, default=None, **options):
-            default = default if defaults else argparse.SUPPRESS
-            group.add_argument(flag, default=default, **options)
-
-        return add
-
-    add_network(adder("network"))
-    add_data(adder("data"))
+    add_network(parser.add_argument_group("network").add_argument)
+    add_data(parser.add_argument_group("data").add_argument)
     about = "What is not given is the recipe's, and printed at the start."
-    add_recipe(adder("recipe", about))
-    add_machine(adder("machine and run"))
+    add_recipe(parser.add_argument_group("recipe", about).add_argument)
+    add_machine(parser.add_argument_group("machine and run").add_argument)
     return parser
 
 
@@ -198,8 +190,11 @@ def parse(argv=None):
     """The command line as (args, given): all settings, and those really given as a dict."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    # A run that goes on keeps its own settings, except for the flags really given.
-    given = vars(make_parser(defaults=False).parse_args(argv))
+    # A run that goes on keeps its own settings, except for the flags really given. To find these,
+    # the command line is read again: argparse sets no default where a name has a value already.
+    absent = object()
+    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
+    given = {name: value for name, value in vars(marked).items() if value is not absent}
     if args.resume == "auto" and args.out is None:
         parser.error("--resume auto needs --out DIR")
     if args.resume not in (None, "auto") and args.out is not None:
@@ -208,10 +203,13 @@ def parse(argv=None):
 
 
 def with_recipe(args):
-    """args, completed in place: what is None becomes the recipe's, or follows from the others."""
-    # Drawn shapes are for a first try, which has to be short.
+    """A copy of args in which what is None is the recipe's, or follows from the other settings."""
+    args = argparse.Namespace(**vars(args))
     if args.recipe is None:
-        args.recipe = "fast" if args.dataset.startswith("shapes") else "paper"
+        args.recipe = "paper"
+        # Drawn shapes are for a first try, which has to be short.
+        if args.dataset.startswith("shapes"):
+            args.recipe = "fast"
         if args.arch == "spikformer":
             args.recipe = "spikformer"
     for name, values in RECIPE.items():
@@ -221,37 +219,6 @@ def with_recipe(args):
     if args.image_size is None:
         args.image_size = 224 if args.dataset == "imagenet" else 32
     return args
-
-
-def open_run(args, given):
-    """(folder of the run, its checkpoint or None, args). Replaces no run unless asked to go on."""
-    resume = args.resume
-    # A batch system may repeat a command with --resume auto as it stands.
-    if resume == "auto":
-        resume = args.out if os.path.exists(f"{args.out}/last.pt") else None
-    if resume is None:
-        # Two runs started in the same second differ by the number of their process.
-        name = f"{args.dataset}-{args.arch}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        out = pathlib.Path(args.out or f"runs/{name}")
-        present = [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]
-        if present and args.resume is None:
-            advice = "add --resume auto to go on with it, or give another --out"
-            raise UserError(f"{out} holds a run ({', '.join(present)}): {advice}")
-        return out, None, with_recipe(args)
-    out = pathlib.Path(resume)
-    checkpoint = load_checkpoint(out / "last.pt")
-    if "optimizer" not in checkpoint or checkpoint.get("folded"):
-        raise UserError(f"{out}/last.pt is a best.pt or folded: for evaluation only")
-    # The settings of the run, and what this command line changes.
-    old = checkpoint["settings"]
-    for name in FIXED:
-        if name in given and given[name] != old[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"the run in {out} has {flag} {old[name]}, not {given[name]}")
-    args = with_recipe(argparse.Namespace(**{**old, "device": args.device, **given}))
-    if checkpoint["epoch"] >= args.epochs:
-        raise UserError(f"the run in {out} is in epoch {checkpoint['epoch'] + 1} already")
-    return out, checkpoint, args
 
 
 # ---- The machine --------------------------------------------------------------------------------
@@ -267,18 +234,26 @@ def use_device(name):
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    if device.type == "cpu" and sys.platform == "linux":
-        # Keep the memory of freed tensors for the next ones. The C library would give large
-        # blocks back to the system and get them anew page by page, which takes a tenth to a half
-        # of a training step. M_TRIM_THRESHOLD is -1 and M_MMAP_MAX is -4 in malloc.h.
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
-        mallopt(-1, -1)
-        mallopt(-4, 0)
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors for the next ones, on Linux.
+
+    It would give large blocks back to the system and get them anew page by page, which takes a
+    tenth to a half of a training step.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
+        # M_TRIM_THRESHOLD: give nothing back. M_MMAP_MAX: take no block from the system directly.
+        mallopt(-1, -1)
+        mallopt(-4, 0)
+
+
 def set_precision(args, device, say):
-    """Decide on bfloat16, and on what the libraries of a GPU may do for speed."""
+    """Settle args.amp, and what the libraries of a GPU may do for speed."""
     on_cuda = device.type == "cuda"
     if on_cuda and torch.__version__ < (2, 13):
         say("torch 2.13 and later move half the bytes that this version moves for the neurons.")
@@ -288,8 +263,7 @@ def set_precision(args, device, say):
             say("This GPU does not compute in bfloat16: float32 it is (--amp forces it).")
     # Where bfloat16 is off, a GPU may round to TF32 inside of matrix products.
     torch.set_float32_matmul_precision("high")
-    # Try out algorithms and keep the fastest. It may be another one another time, which rounds
-    # differently.
+    # Try out algorithms and keep the fastest. It may differ from run to run, and its rounding too.
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -314,9 +288,15 @@ def compile_network(model, x, amp, say):
     model.load_state_dict(before, strict=False)
 
 
+# ---- Several processes. With a single GPU you may skip this section ------------------------------
+
+
 class Processes:
-    """This process among those that torchrun started. Alone (world 1) the methods do nothing, and
-    a reader with one GPU may skip them."""
+    """This process among those that torchrun started: number `rank` of `world`.
+
+    A process alone communicates nothing: say prints, from_first and prepare call their function,
+    agree returns what it gets, and leave ends the program.
+    """
 
     def __init__(self, device):
         # torchrun tells each process in its environment which one it is.
@@ -336,7 +316,7 @@ class Processes:
         dist.init_process_group(backends, timeout=hour, device_id=device_id)
 
     def say(self, text):
-        # Flushed, because output into a file would appear much later.
+        """Print once, and at once, because output into a file might appear much later."""
         if self.rank == 0:
             print(text, flush=True)
 
@@ -368,8 +348,10 @@ class Processes:
         return result
 
     def agree(self, due, *values):
-        """The largest of each value over all processes, which then act after the same step. due:
-        whether they are asked now; if not, all values are 0."""
+        """The largest of each value over all processes, which then act after the same step.
+
+        due: whether to ask them; if not, all values are 0. Alone: the values as they are.
+        """
         if self.world == 1:
             return values
         # A vote costs a round over the network, so it is not taken at every step.
@@ -414,7 +396,39 @@ def leave_at_once(code):
     os._exit(code)
 
 
-# ---- Checkpoints and evaluation: a checkpoint is a network on disk -------------------------------
+# ---- Checkpoints: a network on disk --------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is. Every checkpoint holds these fields."""
+
+    # The epoch, counted from 0, and the steps done in it.
+    epoch: int = 0
+    step: int = 0
+    # The best test accuracy so far. Any accuracy is better than none.
+    best: float = -1.0
+    # The rows of log.csv.
+    rows: list = dataclasses.field(default_factory=list)
+    # Since the start of the run, without the time that it lay stopped.
+    seconds: float = 0.0
+    # The learning rate of the last step, and the speed in this epoch.
+    lr: float = 0.0
+    images_per_s: float = 0.0
+
+
+def save(file, description, progress, weights, **more):
+    """Write a checkpoint. A run that is killed while writing leaves the old one.
+
+    description   format; network, the arguments of models.build; settings, all flags; classes,
+                  mean and std of the data
+    weights       model.state_dict(), in which MP-Init's means are
+    more          in last.pt also the state of the optimizer, and this epoch's totals
+
+    There is no state of a random generator: all draws depend on seed, epoch and step alone.
+    """
+    checkpoint = {**description, **vars(progress), "model": weights, **more}
+    data.write_atomically(file, lambda f: torch.save(checkpoint, f))
 
 
 def load_checkpoint(file):
@@ -422,7 +436,7 @@ def load_checkpoint(file):
     run code. UserError for any other file."""
     try:
         with zipfile.ZipFile(file) as archive:
-            # Damaged weights are found by the checksums, at which torch does not look.
+            # The checksums, which torch does not look at, tell damaged weights.
             if archive.testzip():
                 raise ValueError("its checksums do not fit")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -455,9 +469,12 @@ def check_classes(checkpoint, dataset, data_dir):
         )
 
 
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def evaluate(model, batches, amp=False):
-    """Accuracy on batches (x, y); y = -1 is padding. Of what all processes see together.
+    """Accuracy on batches (x, y), over those of all processes together. y = -1 is padding.
 
     Returns a dict: top1_at, a list of the fraction right when read out after t = 1 ... T steps
     (mean of the logits so far); top1 = top1_at[-1]; top5; images. Waits for the device once.
@@ -490,12 +507,12 @@ def make_optimizer(model, args):
     """The optimizer, with three groups of parameters, told apart by their dimensions."""
     groups = []
     # Weights have 2 or more dimensions, biases and BatchNorm 1, thresholds and time constants 0.
-    for dims, rate in ((2, 1.0), (1, 1.0), (0, args.neuron_rate)):
+    for dims, lr_scale in ((2, 1.0), (1, 1.0), (0, args.neuron_rate)):
         learnt = [p for p in model.parameters() if p.requires_grad and min(p.dim(), 2) == dims]
         decay = args.weight_decay if dims == 2 or args.decayed == "all" else 0.0
         # With --fixed-neuron the last group is empty.
         if learnt:
-            groups.append(dict(params=learnt, rate=rate, weight_decay=decay))
+            groups.append(dict(params=learnt, lr_scale=lr_scale, weight_decay=decay))
     # With fused=True one kernel updates all parameters of a group.
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
@@ -515,7 +532,7 @@ def learning_rate(step, steps, args):
 def score(logits, y, weight, label_smoothing):
     """The loss, cross-entropy on the mean of the logits over T, and sums [loss, right, images].
 
-    weight: mixup's share of each image; the rest is the image at the other end of the batch.
+    weight: mixup's share of each image x[i]; the rest is x[-1 - i]. 1 without mixup.
     """
     # [T, B, classes] -> [B, classes], in float32 whatever the network computes in.
     logits = logits.float().mean(0)
@@ -523,17 +540,21 @@ def score(logits, y, weight, label_smoothing):
     if weight < 1:
         other = F.cross_entropy(logits, y.flip(0), label_smoothing=label_smoothing)
         loss = loss + (1 - weight) * other
-    # The sums stay on the device, because reading them would mean waiting for it.
+    # Under mixup, too, an answer is right only if it is y. The sums stay on the device, because
+    # reading them would mean waiting for it.
     right = (logits.argmax(1) == y).sum().float()
     images = torch.full_like(right, len(y))
     return loss, torch.stack([loss.detach() * images, right, images])
 
 
-def train_step(model, scoring, optimizer, scaler, x, y, args, key):
-    """One step of the optimizer. Returns the sums of score, without waiting for them."""
+def train_step(model, loss_and_sums, optimizer, scaler, x, y, args, key):
+    """One step of the optimizer. Returns the sums of score, without waiting for them.
+
+    loss_and_sums: score, or score compiled
+    """
     optimizer.zero_grad(set_to_none=True)
     # The gradients of all parts add up before the optimizer takes its step.
-    counted = 0
+    totals = 0
     parts = zip(x.chunk(args.accumulate), y.chunk(args.accumulate))
     for part, (x_part, y_part) in enumerate(parts):
         weight = 1.0
@@ -543,41 +564,37 @@ def train_step(model, scoring, optimizer, scaler, x, y, args, key):
             x_part = weight * x_part + (1 - weight) * x_part.flip(0)
         # Gradients are summed over the processes after the last part only.
         last = part == args.accumulate - 1
-        waits = isinstance(model, DistributedDataParallel) and not last
-        with model.no_sync() if waits else contextlib.nullcontext():
+        skip_sum = isinstance(model, DistributedDataParallel) and not last
+        with model.no_sync() if skip_sum else contextlib.nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
                 logits = model(x_part)
-            loss, sums = scoring(logits, y_part, weight, args.label_smoothing)
+            loss, sums = loss_and_sums(logits, y_part, weight, args.label_smoothing)
             scaler.scale(loss / args.accumulate).backward()
-        counted = counted + sums
+        totals = totals + sums
     # The scaler skips the step if a gradient is not finite.
     scaler.step(optimizer)
     scaler.update()
-    return counted
+    return totals
 
 
 def first_bad_layer(model, x):
     """The first layer, in the order of computation, whose weights or output are not finite."""
-    # Hooks are called in the order of computation, so the first name found is the answer.
     found = []
 
-    def check(name, layer, output):
+    def check(name, layer, _, output):
+        # Hooks are called in the order of computation, so the first name found is the answer.
         tensors = output, *layer.parameters(recurse=False), *layer.buffers(recurse=False)
         if not all(tensor.isfinite().all() for tensor in tensors):
             found.append(f"{name} ({type(layer).__name__})")
 
-    # Layers that contain others would only repeat what those say.
-    leaves = [(name, layer) for name, layer in model.named_modules() if not list(layer.children())]
-    hooks = [
-        layer.register_forward_hook(lambda layer, _, output, name=name: check(name, layer, output))
-        for name, layer in leaves
-    ]
+    for name, layer in model.named_modules():
+        # Layers that contain others would only repeat what those say.
+        if not list(layer.children()):
+            layer.register_forward_hook(functools.partial(check, name))
     with torch.no_grad():
         # model(x) may be compiled, and then it does not call hooks.
         model.forward(x)
-    for hook in hooks:
-        hook.remove()
-    return found[0] if found else "none, the loss itself overflows"
+    return found[0] if found else "none, the loss itself or a gradient overflows"
 
 
 def stop_if_bad(totals, scaler, model, x, where):
@@ -594,25 +611,80 @@ def stop_if_bad(totals, scaler, model, x, where):
 # ---- The run ------------------------------------------------------------------------------------
 
 
+def open_run(args, given):
+    """(folder of the run, its checkpoint or None, args). Replaces no run unless asked to go on."""
+    resume = args.resume
+    # A batch system may repeat a command with --resume auto as it stands.
+    if resume == "auto":
+        resume = args.out if os.path.exists(f"{args.out}/last.pt") else None
+    if resume is None:
+        args = with_recipe(args)
+        # Two runs started in the same second differ by the number of their process.
+        name = f"{args.dataset}-{args.arch}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        out = pathlib.Path(args.out or f"runs/{name}")
+        present = [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]
+        if present and args.resume is None:
+            advice = "add --resume auto to go on with it, or give another --out"
+            raise UserError(f"{out} holds a run ({', '.join(present)}): {advice}")
+        return out, None, args
+    out = pathlib.Path(resume)
+    checkpoint = load_checkpoint(out / "last.pt")
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{out}/last.pt is a best.pt or folded: for evaluation only")
+    old = checkpoint["settings"]
+    for name in FIXED:
+        if name in given and given[name] != old[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"the run in {out} has {flag} {old[name]}, not {given[name]}")
+    # The settings of the run, and what this command line changes. Flags that are newer than the
+    # run have their default.
+    args = argparse.Namespace(**{**vars(args), **old, "device": args.device, **given})
+    args = with_recipe(args)
+    if checkpoint["epoch"] >= args.epochs:
+        raise UserError(
+            f"--epochs {args.epochs} are too few: the run in {out} is in epoch "
+            f"{checkpoint['epoch'] + 1} already"
+        )
+    return out, checkpoint, args
+
+
+def claim(out, goes_on):
+    """Create the run's folder and log. Of two runs started at once the second fails here."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.csv").touch(exist_ok=goes_on)
+    except OSError as error:
+        raise UserError(f"cannot write a run into {out}: {error.strerror}") from error
+
+
+def load_data(settings, data_dir, workers, timesteps):
+    """The data set that a run's settings name. timesteps: frames of a recording of events."""
+    how = settings.image_size, workers, timesteps, settings.dvs_split, settings.bin_by
+    dataset = data.load(settings.dataset, data_dir, *how)
+    if settings.classes:
+        dataset.keep_classes(settings.classes)
+    return dataset
+
+
 def make_dataset(args, procs):
     """The data set on the device. Sets args.batch_size where the recipe leaves it open."""
     # One process of each machine downloads and prepares what is missing, the others wait.
-    how = args.image_size, args.workers, args.timesteps, args.dvs_split, args.bin_by
-    dataset = procs.prepare(lambda: data.load(args.dataset, args.data_dir, *how))
-    if args.classes:
-        dataset.keep_classes(args.classes)
+    load = functools.partial(load_data, args, args.data_dir, args.workers, args.timesteps)
+    dataset = procs.prepare(load)
     if args.limit:
         dataset.limit(args.limit)
     images, parts = len(dataset), procs.world * args.accumulate
-    # Small sets take small batches, so that an epoch has enough steps.
     if args.batch_size is None:
+        # Small sets take small batches, so that an epoch has enough steps.
         args.batch_size = 64
         if images < 20000:
             args.batch_size = 32 if images >= 5000 else 16
+        # The nearest size that can be divided into parts.
+        args.batch_size = max(parts, min(args.batch_size, images) // parts * parts)
     if args.batch_size % parts or args.batch_size > images:
         raise UserError(
-            f"--batch-size {args.batch_size} must divide by {procs.world} processes x --accumulate "
-            f"{args.accumulate}, and be at most the {images} training images"
+            f"--batch-size {args.batch_size} must be divisible by {procs.world} processes x "
+            f"--accumulate {args.accumulate}, and at most the {images} training images"
         )
     if args.cutout and isinstance(dataset, data.Streamed):
         raise UserError(f"--cutout is for images of up to {data.RESIDENT_UP_TO} pixels")
@@ -624,10 +696,10 @@ def make_dataset(args, procs):
 
 def make_model(args, dataset, device):
     """(options, model): models.build(**options) makes a network of the same shape."""
-    options = dict(arch=args.arch, num_classes=len(dataset.classes), width=args.width)
-    options.update(timesteps=args.timesteps, in_channels=dataset.channels)
-    options.update(threshold=args.threshold, tau=args.tau, learnable=not args.fixed_neuron)
-    options.update(mp_init=args.mp_init, surrogate=args.surrogate)
+    names = "arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate"
+    options = {name: getattr(args, name) for name in names}
+    options.update(num_classes=len(dataset.classes), in_channels=dataset.channels)
+    options.update(learnable=not args.fixed_neuron)
     try:
         model = models.build(**options, start=args.start)
     except ValueError as error:
@@ -638,38 +710,30 @@ def make_model(args, dataset, device):
 
 
 def start_or_resume(model, checkpoint, args, procs):
-    """(optimizer, scaler, progress, totals) of a new run, or with weights from a checkpoint."""
+    """(optimizer, progress, totals) at the start of a run, or, with the model's weights, as a
+    checkpoint left them. totals: this epoch's sums of loss times images, right answers, images."""
     optimizer = make_optimizer(model, args)
-    # The scaler does not scale. It skips steps whose gradients are not finite, without waiting for
-    # the device, so that the weights survive a divergence.
-    scaler = torch.amp.GradScaler(procs.device.type, init_scale=1.0, growth_interval=2**30)
-    # Where the run is: its epoch (from 0), the steps done in it, and what came before.
-    progress = types.SimpleNamespace(epoch=0, step=0, best=0.0, rows=[], seconds=0.0)
-    # For the next row of the log.
-    progress.lr, progress.images_per_s = 0.0, 0.0
-    # Sums over this epoch: loss times images, right answers, images.
-    totals = torch.zeros(3, device=procs.device)
+    progress, totals = Progress(), torch.zeros(3, device=procs.device)
     if checkpoint is None:
-        return optimizer, scaler, progress, totals
+        return optimizer, progress, totals
     model.load_state_dict(checkpoint["model"])
     # Rates and decay are what the command line says now, not what the optimizer's state says.
-    rates = [(group["rate"], group["weight_decay"]) for group in optimizer.param_groups]
+    now = [(group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, (rate, decay) in zip(optimizer.param_groups, rates):
-        group.update(rate=rate, weight_decay=decay)
+    for group, (lr_scale, decay) in zip(optimizer.param_groups, now):
+        group.update(lr_scale=lr_scale, weight_decay=decay)
     # The state takes the memory format of the weights: channels_last on a GPU, not on a CPU.
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.dim() == 4:
                 state[name] = torch.empty_like(parameter).copy_(value)
-    scaler.load_state_dict(checkpoint["scaler"])
-    vars(progress).update({name: checkpoint[name] for name in vars(progress)})
+    progress = Progress(**{name: checkpoint[name] for name in vars(progress)})
     # The batch size of a run may change. Its place in the epoch stays.
     progress.step = progress.step * checkpoint["settings"]["batch_size"] // args.batch_size
     # The checkpoint holds the sums of all processes, and one of them goes on with those.
     if procs.rank == 0:
         totals += checkpoint["totals"].to(procs.device)
-    return optimizer, scaler, progress, totals
+    return optimizer, progress, totals
 
 
 def make_fast(model, dataset, args, procs):
@@ -678,32 +742,22 @@ def make_fast(model, dataset, args, procs):
     on_cuda = procs.device.type == "cuda"
     fused = args.compile or ("network" if on_cuda else "neurons")
     neuron.COMPILE = fused != "off"
-    scoring = score
+    loss_and_sums = score
     if fused == "network":
         if on_cuda:
             # Augmentation and loss are many small kernels, too.
-            dataset.fused, scoring = True, torch.compile(score)
+            dataset.fused, loss_and_sums = True, torch.compile(score)
         batches = dataset.train(args.batch_size, args.seed, 0, 0, procs.rank, procs.world)
         x, _ = next(iter(batches))
         compile_network(model, x.chunk(args.accumulate)[0], args.amp, procs.say)
     if procs.world == 1:
-        return model, scoring
+        return model, loss_and_sums
     devices = [procs.device.index] if on_cuda else None
     # Each process keeps BatchNorm statistics of its own until evaluation. torch 2.14 warns of a
     # new name of that option, which torch 2.11 does not know.
     warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
     how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return DistributedDataParallel(model, device_ids=devices, **how), scoring
-
-
-def claim(out, goes_on):
-    """Create the run's folder and log. Of two runs started at once the second fails here."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # "x" fails where the file exists.
-        open(out / "log.csv", "a" if goes_on else "x").close()
-    except OSError as error:
-        raise UserError(f"cannot write a run into {out}: {error.strerror}") from error
+    return DistributedDataParallel(model, device_ids=devices, **how), loss_and_sums
 
 
 def describe(args, dataset, model, out, procs):
@@ -737,46 +791,11 @@ def note_signals():
     return signals
 
 
-def duration(seconds):
-    if seconds > 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-
-
-def log_row(progress, sums, test, seconds, split):
-    """A row of log.csv: {column: text}. sums: of the epoch's loss, right answers and images."""
-    loss, right, images = sums
-    row = dict(epoch=progress.epoch + 1, lr=f"{progress.lr:.6g}")
-    row.update(train_loss=f"{loss / images:.5f}", train_acc=f"{right / images:.5f}")
-    for t, accuracy in enumerate(test["top1_at"], 1):
-        row[f"test_acc_t{t}"] = f"{accuracy:.5f}"
-    row.update(images_per_s=f"{progress.images_per_s:.1f}", seconds=f"{seconds:.1f}")
-    if split:
-        row["split"] = split
-    return row
-
-
-def write_log(file, rows):
-    """Write rows, dicts of the same keys, as a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    data.write_atomically(file, lambda f: f.write(text.getvalue().encode()))
-
-
-def save(file, description, progress, weights, **more):
-    """Write a checkpoint: what the run is, where it is, weights, and what more is given."""
-    # A run that is killed while it writes leaves the old checkpoint.
-    checkpoint = {**description, **vars(progress), "model": weights, **more}
-    data.write_atomically(file, lambda f: torch.save(checkpoint, f))
-
-
 class Pace:
     """The speed of an epoch. Its first step is left out, because it may have compiled something."""
 
-    def __init__(self):
-        self.steps = 0
+    def __init__(self, batch_size):
+        self.batch_size, self.steps = batch_size, 0
         self.start = time.perf_counter()
 
     def count(self):
@@ -784,19 +803,60 @@ class Pace:
         if self.steps == 1:
             self.after_first = time.perf_counter()
 
-    def seconds_a_step(self):
+    def images_per_s(self):
+        """After one step at least."""
         now = time.perf_counter()
-        # Unless there is no other step.
-        if self.steps > 1:
-            return (now - self.after_first) / (self.steps - 1)
-        return (now - self.start) / max(self.steps, 1)
+        # If there is no step but the first, that one counts.
+        if self.steps == 1:
+            return self.batch_size / (now - self.start)
+        return self.batch_size * (self.steps - 1) / (now - self.after_first)
 
 
-def time_left(progress, args, steps, seconds_a_step, evaluation_seconds):
-    """The time that the rest of the run takes, as text. steps: of an epoch."""
+def duration(seconds):
+    """Seconds as text: "1.6 h" or "12 min 05 s"."""
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s"
+
+
+def time_left(progress, args, steps, evaluation_seconds):
+    """The time that the rest of the run takes, as text. steps: in one epoch."""
     epochs = args.epochs - progress.epoch
-    steps_left = epochs * steps - progress.step
-    return duration(steps_left * seconds_a_step + epochs * evaluation_seconds) + " left"
+    images = (epochs * steps - progress.step) * args.batch_size
+    return duration(images / progress.images_per_s + epochs * evaluation_seconds) + " left"
+
+
+def progress_line(progress, args, steps, totals):
+    """What is printed within an epoch: loss and accuracy so far, in this process."""
+    loss, right, images = totals.tolist()
+    return (
+        f"  epoch {progress.epoch + 1}/{args.epochs}, step {progress.step}/{steps}: "
+        f"loss {loss / images:.3f}, accuracy {100 * right / images:.1f} %, "
+        f"{progress.images_per_s:.0f} images/s"
+    )
+
+
+def log_row(progress, totals, test, seconds, split):
+    """A row of log.csv: {column: text}."""
+    loss, right, images = totals.tolist()
+    row = dict(epoch=str(progress.epoch + 1), lr=f"{progress.lr:.6g}")
+    row.update(train_loss=f"{loss / images:.5f}", train_acc=f"{right / images:.5f}")
+    for t, accuracy in enumerate(test["top1_at"], 1):
+        row[f"test_acc_t{t}"] = f"{accuracy:.5f}"
+    row.update(images_per_s=f"{progress.images_per_s:.1f}", seconds=f"{seconds:.1f}")
+    # Recordings of events have no usual split, so every score names its own.
+    if split:
+        row["split"] = split
+    return row
+
+
+def write_log(file, rows):
+    """Write rows, dicts {column: text}, as a CSV file. Older rows may lack newer columns."""
+    columns = list(rows[-1])
+    lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    text = "".join(",".join(cells) + "\n" for cells in lines)
+    data.write_atomically(file, lambda f: f.write(text.encode()))
 
 
 def main(argv=None):
@@ -808,17 +868,20 @@ def main(argv=None):
     set_precision(args, device, say)
     torch.manual_seed(args.seed)
 
-    # Data, network, optimizer: as at the start, or as the checkpoint left them.
+    # Data, network and optimizer, as at the start or as the checkpoint left them.
     dataset = make_dataset(args, procs)
     options, model = make_model(args, dataset, device)
     if checkpoint:
         check_classes(checkpoint, dataset, args.data_dir)
-    optimizer, scaler, progress, totals = start_or_resume(model, checkpoint, args, procs)
+    optimizer, progress, totals = start_or_resume(model, checkpoint, args, procs)
+    # The scaler does not scale. It skips steps whose gradients are not finite, without waiting for
+    # the device, so that the weights survive a divergence.
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**30)
     procs.from_first(lambda: claim(out, goes_on=args.resume is not None))
     describe(args, dataset, model, out, procs)
-    trained, scoring = make_fast(model, dataset, args, procs)
+    trained, loss_and_sums = make_fast(model, dataset, args, procs)
 
-    # What every checkpoint of the run says of itself: all that eval.py needs.
+    # What every checkpoint of the run says of itself.
     description = dict(format=FORMAT, network=options, settings=vars(args))
     description.update(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
     # A last batch that is not full is left out.
@@ -830,46 +893,41 @@ def main(argv=None):
     signals = note_signals()
 
     def save_last(weights):
-        # No state of a random generator: all draws depend on seed, epoch and step alone.
         progress.seconds = time.perf_counter() - start
         if rank == 0:
-            states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            save(out / "last.pt", description, progress, weights, totals=totals, **states)
+            more = dict(optimizer=optimizer.state_dict(), totals=totals)
+            save(out / "last.pt", description, progress, weights, **more)
 
     while progress.epoch < args.epochs:
         model.train()
-        first_step, pace = progress.step, Pace()
-        start_at = progress.epoch, first_step
-        for x, y in dataset.train(args.batch_size, args.seed, *start_at, rank, world):
-            # The learning rate of this step; the neurons' is a part of it.
-            rate = learning_rate(progress.epoch * steps + progress.step, args.epochs * steps, args)
+        pace = Pace(args.batch_size)
+        place = args.seed, progress.epoch, progress.step
+        for x, y in dataset.train(args.batch_size, *place, rank, world):
+            # The learning rate of this step. The neurons have a part of it.
+            step = progress.epoch * steps + progress.step
+            progress.lr = learning_rate(step, args.epochs * steps, args)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
-            progress.lr = rate
+                group["lr"] = progress.lr * group["lr_scale"]
             # Forward, backward, update.
             key = args.seed, progress.epoch, progress.step
-            totals += train_step(trained, scoring, optimizer, scaler, x, y, args, key)
+            totals += train_step(trained, loss_and_sums, optimizer, scaler, x, y, args, key)
             progress.step += 1
             pace.count()
 
             # The one place that decides: print, save, stop. All processes decide alike.
             now, last = time.perf_counter(), progress.step == steps
-            ask = last or progress.step % 10 == 0
             print_due = now - printed > 10 and pace.steps > 1
-            save_due = now - saved > 60 * args.save_every
+            save_due = now - saved > 60 * args.save_every and not last
+            ask = last or progress.step % 10 == 0
             print_due, save_due, stop = procs.agree(ask, print_due, save_due, signals[-1])
             if print_due or save_due or stop or last:
                 # Only here does the host wait for the device.
-                where = f"by step {progress.step} of epoch {progress.epoch + 1}, rate {rate:.3g}"
-                stop_if_bad(totals, scaler, model, x, where)
+                where = f"by step {progress.step} of epoch {progress.epoch + 1}"
+                stop_if_bad(totals, scaler, model, x, f"{where}, rate {progress.lr:.3g}")
+                progress.images_per_s = pace.images_per_s()
             if print_due:
-                # Loss and accuracy are those of this epoch so far, in this process.
-                printed, seconds = now, pace.seconds_a_step()
-                loss, right, images = totals.tolist()
-                say(f"  epoch {progress.epoch + 1}/{args.epochs}, step {progress.step}/{steps}: "
-                    f"loss {loss / images:.3f}, accuracy {100 * right / images:.1f} %, "
-                    f"{args.batch_size / seconds:.0f} images/s, "
-                    f"{time_left(progress, args, steps, seconds, evaluation_seconds)}")
+                printed, left = now, time_left(progress, args, steps, evaluation_seconds)
+                say(f"{progress_line(progress, args, steps, totals)}, {left}")
             if save_due or stop:
                 # The checkpoint holds the sums of all processes, for one to go on with.
                 procs.gather(totals)
@@ -883,12 +941,10 @@ def main(argv=None):
 
         # The epoch is over. It is saved before the evaluation, which may fail on what it reads.
         procs.equalise(model, totals)
-        sums, seconds = totals.tolist(), pace.seconds_a_step()
         # One copy from the device serves both checkpoints.
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        # A run may go on with an epoch that is trained and not yet evaluated.
-        if first_step < steps:
-            progress.images_per_s = args.batch_size / seconds
+        # A run may go on with an epoch that is trained and only has to be evaluated.
+        if pace.steps > 0:
             save_last(weights)
         saved = time.perf_counter()
         # Each process evaluates its part of the test set.
@@ -896,8 +952,7 @@ def main(argv=None):
         evaluation_seconds = time.perf_counter() - saved
 
         # A row of the log, and the best network so far.
-        run_seconds = time.perf_counter() - start
-        row = log_row(progress, sums, test, run_seconds, dataset.split)
+        row = log_row(progress, totals, test, time.perf_counter() - start, dataset.split)
         progress.rows.append(row)
         better = test["top1"] > progress.best
         progress.best = max(progress.best, test["top1"])
@@ -909,7 +964,7 @@ def main(argv=None):
         progress.epoch, progress.step = progress.epoch + 1, 0
         totals.zero_()
         cells = ", ".join(f"{name} {value}" for name, value in row.items())
-        say(f"{cells}; {time_left(progress, args, steps, seconds, evaluation_seconds)}")
+        say(f"{cells}; {time_left(progress, args, steps, evaluation_seconds)}")
     say(f"done: best test accuracy {100 * progress.best:.2f} %, {out}")
     procs.leave(0)
 
@@ -934,7 +989,7 @@ def run(main, program):
     except KeyboardInterrupt:
         message = "interrupted"
     print(f"{program}: error: {message}", file=sys.stderr)
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         leave_at_once(2)
     sys.exit(2)
 
