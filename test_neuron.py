@@ -1011,7 +1011,8 @@ def test_augmentation_shifts_and_mirrors_each_image_in_its_own_way():
         found = (candidates == image[:, None, None]).all(-1).all(-1).all(1).nonzero()
         assert len(found) == 1
         ways.add(tuple(found[0].tolist()))
-    assert len(ways) > 60
+    # Many shifts, and mirrored images as well as others.
+    assert len(ways) > 60 and {mirrored for mirrored, _, _ in ways} == {0, 1}
 
 
 def test_frames_of_a_recording_move_together_and_digits_are_not_mirrored():
@@ -1047,7 +1048,8 @@ def test_batches_do_not_depend_on_history_or_on_the_number_of_processes(augment)
     for rank in (0, 1):
         for (x, y), part in zip(whole, dataset.train(21, 1, 2, 0, rank, world=2), strict=True):
             assert torch.equal(x[rank::2], part[0]) and torch.equal(y[rank::2], part[1])
-    assert not torch.equal(whole[0][0], next(dataset.train(21, 1, epoch=3))[0])
+    # Every epoch has an order of its own.
+    assert not torch.equal(whole[0][1], next(dataset.train(21, 1, epoch=3))[1])
 
 
 @pytest.mark.parametrize("world, batch_size", [(1, 10), (2, 10), (3, 7), (4, 64)])
@@ -1140,11 +1142,12 @@ def image_tree(root, n=3, modes=("RGB", "L", "RGBA", "P")):
 @pytest.mark.parametrize("size, kind", [(24, data.Resident), (112, data.Streamed)])
 def test_a_folder_of_images_of_every_mode(tmp_path, size, kind):
     image_tree(tmp_path)
-    # What macOS, Jupyter and the usual preparation of ImageNet leave behind is no part of the set.
+    # What macOS, Jupyter and the usual preparation of ImageNet leave behind is no part of the set:
+    # hidden files, and in test/ images without a class or of none that is trained.
     (tmp_path / "train/cats/._0.png").write_bytes(b"\0\5\26\7")
     for place in ("train", "train/dogs", "val"):
         shutil.copytree(tmp_path / "val/cats", tmp_path / place / ".ipynb_checkpoints")
-    (tmp_path / "test").mkdir()
+    shutil.copytree(tmp_path / "val/cats", tmp_path / "test/unlabelled")
     shutil.copy(tmp_path / "val/cats/0.png", tmp_path / "test/ILSVRC2012_test_1.png")
     dataset = data.load("folder", tmp_path, image_size=size, workers=1).to("cpu")
     assert isinstance(dataset, kind) and dataset.classes == ["cats", "dogs"] and len(dataset) == 24
@@ -1330,7 +1333,7 @@ def test_area_mean_equals_splitting_every_pixel(n, size):
     (data.read_aedat, aedat([5, 5], [1, 2])[:-3]), (data.read_aedat, aedat([0x8000], [1])),
     # Addresses beyond those of a DVS128, the second with the mark of a trigger.
     (data.read_aedat, aedat([5, 0x10001], [1, 2])), (data.read_aedat, aedat([5, 0x18000], [1, 2])),
-    # Nothing, an event without end, only the mark of a clock that ran over, beyond 34 x 34 pixels.
+    # Nothing, an event without end, only a mark of the clock, places beyond 34 x 34 pixels.
     (data.read_nmnist, b""), (data.read_nmnist, bytes(7)), (data.read_nmnist, b"\0\xf0\0\0\0"),
     (data.read_nmnist, bytes([34, 0, 0, 0, 0])), (data.read_nmnist, bytes([0, 34, 0, 0, 0]))])
 def test_bad_recordings_give_one_line_with_the_name(read, raw, tmp_path):
@@ -1340,7 +1343,7 @@ def test_bad_recordings_give_one_line_with_the_name(read, raw, tmp_path):
 
 
 def write_recordings(root, numbers, inside="{name}", n=300):
-    """Recordings of n events with these numbers of each class of CIFAR10-DVS; its folder."""
+    """Write recordings of n events with these numbers of each class; return the set's folder."""
     for label, name in enumerate(data.CIFAR10):
         folder = root / "cifar10-dvs" / inside.format(name=name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -1377,7 +1380,7 @@ def test_folders_and_zip_files_give_the_same_arrays_wherever_they_lie(tmp_path):
     cat = dataset.sets["train"][0][3].permute(2, 0, 1).reshape(4, 2, 48, 48) / 16
     assert abs(cat.numpy() - expected).max() <= 0.5 / 16 + 1e-6
     assert next(dataset.test(20))[0].max() < 16
-    # Their names tell all that they depend on.
+    # The names of the prepared files tell how the frames were made.
     paths = data.array_paths(folder, "_T4_count_48_first100")
     assert sorted(folder.glob("*.npy")) == sorted(paths)
 
@@ -1405,7 +1408,8 @@ def test_frames_are_made_again_where_recordings_have_changed(tmp_path, capsys):
     # Others of the same names, with an event more.
     write_recordings(tmp_path, (0, 100, 101, 102), n=301)
     others = load()
-    assert not equal_sets(more, others) and "making frames again" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("making frames again") == 1
+    assert not equal_sets(more, others)
     # The same recordings as before are not read again, and without any the frames alone serve.
     assert equal_sets(load(), others)
     for name in data.CIFAR10:
@@ -1413,7 +1417,8 @@ def test_frames_are_made_again_where_recordings_have_changed(tmp_path, capsys):
     assert equal_sets(load(), others) and capsys.readouterr().out == ""
 
 
-# Steady and wrapping after 32 bits; set back in the middle; with events left over from before.
+# Two good clocks, the second running over its 32 bits. One that was set back in the middle. Two
+# recordings that begin with events left over from before, of later and of earlier times.
 @pytest.mark.parametrize("times, jumps", [
     (np.arange(500) * 100, False), (2**32 - 2500 + np.arange(500) * 100, False),
     (np.r_[np.arange(250), np.arange(250)] * 100, True),
@@ -1426,7 +1431,7 @@ def test_a_clock_that_jumps_gives_a_warning_with_the_name(times, jumps, tmp_path
         # For slices of equal numbers of events the clock does not matter.
         for by in ("count", "time"):
             assert data.Recordings("cifar10-dvs", [tmp_path / "a.aedat"], 4, by)[0].any()
-    assert ["a.aedat: its clock jumps" in str(w.message) for w in caught] == [True] * jumps
+    assert ["a.aedat: its clock jumps" in str(each.message) for each in caught] == [True] * jumps
 
 
 def test_sets_are_split_by_number_or_by_lot():
@@ -1470,8 +1475,9 @@ def test_what_is_wrong_with_a_set_is_one_line(tmp_path):
 
 
 def test_worker_processes_outlive_signals_but_not_the_program():
-    # Ctrl-C reaches workers as well and must not end them. The program's end must, though the
-    # batches are still open: it would wait for ever. After two batches both workers are ready.
+    # Ctrl-C reaches worker processes as well and must not end them: after it there are still two.
+    # As not all 60 batches are taken, they are still at work when the program ends, which must not
+    # wait for them. The signals come when the first two batches show that both workers are ready.
     script = """
 import multiprocessing, os, signal, data
 batches = data.worker_batches(range(60), [[number] for number in range(60)], workers=2)
