@@ -1,4 +1,7 @@
-"""Data sets as batches on the training device: for x, y in data.load("cifar100").train(...): ...
+"""Data sets as batches on the training device, uint8 until the last moment:
+
+    dataset = data.load("cifar100").to("cuda")
+    for x, y in dataset.train(batch_size=64, seed=0, epoch=0): ...
 
     shapes            ten kinds of drawn shapes at --image-size: a smoke test without download
     cifar10, cifar100 downloaded and verified by torchvision
@@ -8,17 +11,18 @@
     nmnist            event recordings in <data-dir>/nmnist, Train|Test/<digit>/*.bin
     shapes-dvs        the shapes in motion, written as event recordings and read back
 
-Small sets end as arrays <data-dir>/<name>/{train,test}_{images,labels}.npy, uint8 [N, H, W, C] or,
-of events, [N, T, 2, H, W]. They live on the device (`Resident`): cropping, flipping, normalising
-happen there, a batch at a time. Large images are decoded by worker processes (`Streamed`).
+Small sets live on the device (`Resident`): cropping, flipping, normalising happen there, a batch
+at a time. CIFAR and recordings are prepared once, as arrays {train,test}_{images,labels}.npy in
+<data-dir>/<name>: images uint8 [N, H, W, C], frames of events uint8 [N, T, 2, H, W]. Large images
+are decoded by worker processes (`Streamed`).
 
-Every random draw depends on (seed, epoch, batch) alone, never on what was drawn before: a resumed
-run sees what an unbroken one sees, and N processes that share a batch see what one would.
+Every random draw depends on (seed, epoch, place in the epoch) alone, never on what was drawn
+before: a resumed run sees what an unbroken one sees, and N processes see what one would.
 This file imports nothing of the project.
 """
 import atexit
 import glob
-# Imported first, so that at exit its own handler runs after the one registered here.
+# At exit its handler runs after kill_workers, because it is registered here and so before.
 import multiprocessing.util
 import os
 import pathlib
@@ -26,6 +30,7 @@ import re
 import signal
 import tempfile
 import time
+import typing
 import warnings
 import zipfile
 import zlib
@@ -55,6 +60,13 @@ class UserError(Exception):
     line and exit with 2."""
 
 
+def first_line(error):
+    """What an error says in one line."""
+    # The first line, and the next one where the first is only a heading.
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])
+
+
 def draws(device, *key):
     """A random generator on the device whose state depends on key (whole numbers) alone."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
@@ -73,15 +85,75 @@ def check_at_most(flag, n, most, what):
         raise UserError(f"{flag} {n} is more than the {most} {what}")
 
 
+# ---- Files --------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """write(file) into a file that becomes path: readers see the old or the new, whole."""
+    path = pathlib.Path(path)
+    # In the same folder, because between two disks a rename would be a copy.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            # On the disk before it is renamed, so that a power failure leaves no empty file.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    # torch.save reports a full disk as RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def array_paths(folder, suffix=""):
+    return [folder / f"{part}_{kind}{suffix}.npy"
+            for part in ("train", "test") for kind in ("images", "labels")]
+
+
+def write_arrays(paths, arrays):
+    for path, array in zip(paths, arrays):
+        write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def read_arrays(paths, shape, num_classes):
+    """Prepared arrays, checked: (images uint8 [N, *shape], labels [N]) of training and of test."""
+    arrays = []
+    for path in paths:
+        try:
+            arrays.append(np.load(path, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is no readable .npy array ({first_line(error)}): delete it to "
+                            "have it made again") from error
+    pairs = list(zip(arrays[::2], arrays[1::2]))
+    for (images, labels), images_path, labels_path in zip(pairs, paths[::2], paths[1::2]):
+        if images.dtype != np.uint8 or images.shape[1:] != shape or images.size == 0:
+            raise UserError(f"{images_path} must be uint8 [N, {', '.join(map(str, shape))}] with "
+                            f"N > 0, not {images.dtype} {list(images.shape)}")
+        # Labels are compared with the number of classes only where they are whole numbers.
+        numbers = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+        if not numbers or labels.min() < 0 or labels.max() >= num_classes:
+            raise UserError(f"{labels_path} must hold {len(images)} whole numbers from 0 to "
+                            f"{num_classes - 1}, one for each image")
+    return pairs
+
+
 # ---- Small sets, on the device ------------------------------------------------------------------
 
 class Resident:
     """A data set that lives on the device as uint8, in batches.
 
-    train, test: images [N, H, W, C] or event frames [N, T, 2, H, W], uint8, and their labels [N].
-    pad: random shifts by up to so many pixels (default: an eighth of the side), zeros moving in;
-    flip: random mirroring; cutout: side of a square set to the mean, 0 for none; augment:
-    TrivialAugment (see trivial_augment); split: how a set of recordings was divided.
+    train, test  images [N, H, W, C] or event frames [N, T, 2, H, W], uint8, and their labels [N]
+    classes      names, in the order of their labels
+    mean, std    of each channel, in 0..1
+    pad          random shifts by up to so many pixels (default: an eighth of the side)
+    flip         whether to mirror at random
+    split        how a set of recordings was divided, for the log
+
+    Set later: cutout, side of a square set to the mean, 0 for none; augment, TrivialAugment for
+    colour images; fused, compiled cropping and normalising, two launches instead of a dozen.
     """
 
     def __init__(self, name, train, test, classes, mean, std, pad=None, flip=True, split=None):
@@ -92,9 +164,7 @@ class Resident:
         self.channels = 2 if self.frames else shape[3]
         self.size = tuple(shape[3:] if self.frames else shape[1:3])
         self.pad = self.size[0] // 8 if pad is None else pad
-        self.flip, self.cutout, self.augment = flip, 0, False
-        # Whether cropping and normalising are compiled: on a GPU two launches instead of a dozen.
-        self.fused = False
+        self.flip, self.cutout, self.augment, self.fused = flip, 0, False, False
         self.sets = {}
         for part, (images, labels) in {"train": train, "test": test}.items():
             images = torch.from_numpy(np.ascontiguousarray(images))
@@ -128,8 +198,9 @@ class Resident:
     def to(self, device):
         for part, (images, labels) in self.sets.items():
             self.sets[part] = images.to(device), labels.to(device)
-        # Moved once, because a transfer in every batch would wait for the device every time.
-        self.scale = [255 * torch.tensor(value * (self.frames or 1), device=device)
+        # The statistics of a frame serve each frame of a recording. They move once, because a
+        # transfer in every batch would wait for the device every time.
+        self.scale = [255 * torch.tensor(value, device=device).repeat(self.frames or 1)
                       for value in (self.mean, self.std)]
         return self
 
@@ -182,9 +253,9 @@ class Resident:
             yield normalise(x, centre[part] if self.cutout else None), labels[chosen]
 
     def test(self, batch_size, rank=0, world=1):
-        """All test images in order; rank of world gets every world-th."""
+        """All test images in order, a rank's part of each batch. All batches are full: images that
+        only fill up have the label -1 and belong into no count."""
         images, labels = self.sets["test"]
-        # All processes get full batches, equally many. What fills up the last ones has label -1.
         for first in range(0, len(labels), batch_size * world):
             index = first + rank + world * torch.arange(batch_size, device=labels.device)
             inside, index = index < len(labels), index.clamp(max=len(labels) - 1)
@@ -233,18 +304,20 @@ class ImageTree:
         # The class is the first folder of a path.
         self.samples = [(os.path.join(folder, path), labels[path.split(os.sep)[0]])
                         for path in files_below(folder, IMG_EXTENSIONS) if os.path.dirname(path)]
-        for label in set(labels.values()) - {label for _, label in self.samples}:
-            raise UserError(f"{folder / self.classes[label]} holds no image")
+        empty = set(labels.values()) - {label for _, label in self.samples}
+        if empty:
+            raise UserError(f"{folder / self.classes[min(empty)]} holds no image")
 
     def __getitem__(self, key):
         index, seed = key
         path, label = self.samples[index]
         image = read_image(path)
-        # The transform draws from this generator, so what it draws does not depend on the worker.
-        # torch.manual_seed would be slow, because it visits every kind of device.
-        torch.default_generator.manual_seed(seed)
-        # The index -1 stands for an image that only fills up a batch.
-        return self.transform(image), label if index >= 0 else -1
+        # The transform draws from the global generator, whose state comes back afterwards. What it
+        # draws depends on the seed alone. torch.manual_seed would visit every kind of device.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            # The index -1 stands for an image that only fills up a batch.
+            return self.transform(image), label if index >= 0 else -1
 
 
 def image_trees(root):
@@ -276,13 +349,6 @@ def read_image(path):
         raise UserError(f"{path}: not a readable image: {first_line(error)}") from error
 
 
-def first_line(error):
-    """What an error says in one line."""
-    # The first line, and the next one where the first is only a heading.
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])
-
-
 def fixed_crop(size, resize):
     return transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size),
                                transforms.PILToTensor()])
@@ -296,11 +362,11 @@ def worker_batches(dataset, batches, workers, device="cpu"):
     try:
         yield from loader
     except UserError as error:
-        # The traceback keeps the loader alive, and with it the workers.
+        # The traceback would keep the loader alive, and with it the workers.
         error.__traceback__ = None
-        # The message of the worker's error stands below the worker's traceback.
+        # The message of the worker's error is in the last line of the worker's traceback.
         message = str(error).strip().splitlines()[-1]
-        raise UserError(message.removeprefix("data.UserError: ")) from None
+        raise UserError(message.partition("UserError: ")[2] or message) from None
 
 
 def ignore_signals(_):
@@ -313,7 +379,8 @@ def ignore_signals(_):
 @atexit.register
 def kill_workers():
     # At exit multiprocessing would send the remaining workers a SIGTERM, which they ignore, and
-    # wait for them forever.
+    # wait for them forever. torch would report their end as an error.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -340,10 +407,9 @@ class Streamed:
 
     def keep_classes(self, n):
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
-        self.classes = self.classes[:n]
-        for tree in self.trees:
-            tree.samples = [(path, label) for path, label in tree.samples if label < n]
-        self.indices = list(range(len(self.trees[0].samples)))
+        self.classes, (train, test) = self.classes[:n], self.trees
+        self.indices = [i for i in self.indices if train.samples[i][1] < n]
+        test.samples = [(path, label) for path, label in test.samples if label < n]
 
     def to(self, device):
         self.device = torch.device(device)
@@ -372,6 +438,7 @@ class Streamed:
                                       for step in range(start, len(self) // batch_size)])
 
     def test(self, batch_size, rank=0, world=1):
+        # As Resident's: the label -1 marks images that only fill up.
         tree, size, whole = self.trees[1], self.size[0], batch_size * world
         # ImageNet's images are usually resized to 256 pixels and cut to 224. Others in proportion.
         tree.transform = fixed_crop(size, round(size * 256 / 224))
@@ -382,126 +449,7 @@ class Streamed:
                                       for first in range(0, n, whole)])
 
 
-# ---- Finding, downloading, drawing --------------------------------------------------------------
-
-def load(name, data_dir="data", image_size=32, workers=2, timesteps=4, dvs_split="first100",
-         bin_by="count"):
-    """A data set, Resident or Streamed. UserError with what to do where that is not possible.
-
-    timesteps, bin_by: frames that a recording of events is cut into, and how (bin_events).
-    dvs_split: the test set is "first100", the recordings 0-99 of each class (of shapes-dvs 0-19),
-    or "random", a tenth of each, always the same.
-    """
-    root = pathlib.Path(data_dir)
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    # Large images would not fit on the device.
-    if name == "imagenet" or name == "folder" and image_size > RESIDENT_UP_TO:
-        tree = root / name if name == "imagenet" else root
-        return Streamed(name, tree, image_size, *STATISTICS["imagenet"], workers)
-    if name == "folder":
-        return load_folder(root, image_size, workers)
-    if name in SENSORS:
-        return load_events(name, root / name, workers, timesteps, dvs_split, bin_by)
-    if name == "shapes":
-        if image_size > RESIDENT_UP_TO:
-            raise UserError(f"shapes have an --image-size up to {RESIDENT_UP_TO}, not {image_size}")
-        train, test = draw_shapes(8000, 1, image_size), draw_shapes(1000, 2, image_size)
-        return Resident(name, train, test, SHAPES, *STATISTICS[name])
-    paths, classes = array_paths(root / name), {"cifar10": 10, "cifar100": 100}[name]
-    if not all(path.exists() for path in paths):
-        write_arrays(paths, download_cifar(name, root))
-    train, test = read_arrays(paths, (32, 32, 3), classes)
-    return Resident(name, train, test, [str(c) for c in range(classes)], *STATISTICS[name])
-
-
-def load_folder(root, size, workers):
-    """A tree of images small enough to live on the device, decoded once."""
-    trees, arrays = image_trees(root), []
-    for tree in trees:
-        tree.transform = fixed_crop(size, size)
-        keys = [(i, 0) for i in range(len(tree.samples))]
-        # The size of these batches only says how work is handed out.
-        batches = [keys[first:first + 64] for first in range(0, len(keys), 64)]
-        images, labels = zip(*worker_batches(tree, batches, workers))
-        arrays.append((torch.cat(images).permute(0, 2, 3, 1).numpy(), torch.cat(labels).numpy()))
-    # Mean and deviation come from a histogram of each channel, [3, 256], because np.std would
-    # make a copy of 8 times the size.
-    counts = np.zeros((3, 256), np.int64)
-    for image in arrays[0][0]:
-        counts += [np.bincount(channel, minlength=256) for channel in image.reshape(-1, 3).T]
-    share, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
-    mean = share @ values
-    std = (share @ values ** 2 - mean ** 2).clip(1e-6) ** 0.5
-    return Resident("folder", *arrays, trees[0].classes, mean.tolist(), std.tolist())
-
-
-def write_atomically(path, write):
-    """write(file) into a file that becomes path: readers see the old or the new, whole."""
-    path = pathlib.Path(path)
-    # In the same folder, because between two disks a rename would be a copy.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            # On the disk before it is renamed, so that a power failure leaves no empty file.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    # torch.save reports a full disk as RuntimeError.
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def array_paths(folder, suffix=""):
-    return [folder / f"{part}_{kind}{suffix}.npy"
-            for part in ("train", "test") for kind in ("images", "labels")]
-
-
-def write_arrays(paths, arrays):
-    for path, array in zip(paths, arrays):
-        write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
-
-
-def read_arrays(paths, shape, classes):
-    """Prepared arrays, checked: (images uint8 [N, *shape], labels [N]) of training and of test."""
-    arrays = []
-    for path in paths:
-        try:
-            arrays.append(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is no readable .npy array ({first_line(error)}): delete it to "
-                            "have it made again") from error
-    pairs = list(zip(arrays[::2], arrays[1::2]))
-    for (images, labels), images_path, labels_path in zip(pairs, paths[::2], paths[1::2]):
-        if images.dtype != np.uint8 or images.shape[1:] != shape or images.size == 0:
-            raise UserError(f"{images_path} must be uint8 [N, {', '.join(map(str, shape))}] with "
-                            f"N > 0, not {images.dtype} {list(images.shape)}")
-        # Labels are compared with the number of classes only where they are whole numbers.
-        numbers = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-        if not numbers or labels.min() < 0 or labels.max() >= classes:
-            raise UserError(f"{labels_path} must hold {len(images)} whole numbers from 0 to "
-                            f"{classes - 1}, one an image")
-    return pairs
-
-
-def download_cifar(name, root):
-    """Images and labels of training and of test, from the original in root."""
-    original = getattr(torchvision.datasets, name.upper())
-    try:
-        # torchvision verifies what is there and downloads the rest.
-        train, test = (original(root, train=train, download=True) for train in (True, False))
-    # A download fails in many ways.
-    except Exception as error:
-        raise UserError(f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): "
-                        f"put {original.filename} from {original.url} there, or prepared arrays "
-                        f"{{train,test}}_{{images,labels}}.npy into {root / name}") from error
-    return train.data, np.uint8(train.targets), test.data, np.uint8(test.targets)
-
+# ---- Drawn shapes -------------------------------------------------------------------------------
 
 SHAPES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "rows", "columns",
           "checkers"]
@@ -561,10 +509,6 @@ def shape_masks(size, centre, radius, phase, label):
 
 # ---- Event recordings ---------------------------------------------------------------------------
 
-# Pixels of the sensor, side of the frames, and the value that stands for one event per pixel. Where
-# frames are smaller than the sensor, means over areas are fractions. In sixteenths they stay exact
-# enough, and uint8 still holds 15.9 events per pixel and frame. More count as that.
-SENSORS = {"cifar10-dvs": (128, 48, 16), "nmnist": (34, 34, 1), "shapes-dvs": (128, 32, 16)}
 # The classes of CIFAR10-DVS in the order of their labels.
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -592,9 +536,9 @@ def read_aedat(path):
     """The events of an AEDAT 2.0 recording of a DVS128, in file order: t int64 [N] in microseconds;
     x, y, p int16 [N]. UserError for a file that is anything else.
 
-    x is the column and y the row, 0..127, p the polarity, 1 = ON, in the orientation of CIFAR10-DVS
-    as everyone's frames have it: for a DVS128 held upright that is the mirror image. A 32-bit clock
-    that wraps goes on. External triggers are left out.
+    x is the column and y the row, 0..127, p the polarity, 1 = ON, in the orientation that all
+    readers of CIFAR10-DVS use; for a DVS128 held upright it is the mirror image. Where the 32-bit
+    clock wraps, t goes on. External triggers are left out.
     """
     # An event is an address of 32 bits and a time of 32 bits, the highest byte first.
     words = read_events(path, 8).view(">u4")
@@ -678,15 +622,42 @@ def area_mean(frames, size):
     return (part @ torch.from_numpy(frames.astype(np.float32)) @ part.T).numpy()
 
 
+class EventSet(typing.NamedTuple):
+    """What distinguishes one set of recordings from another."""
+
+    # In the order of their labels.
+    classes: list
+    # read(path) -> t, x, y, p.
+    read: typing.Callable
+    # The end of a recording's name. Before it stands the recording's number.
+    ending: str
+    # The sides of the sensor and of the frames, in pixels.
+    pixels: int
+    size: int
+    # The value in a frame that stands for one event per pixel. Where frames are smaller than the
+    # sensor, means over areas are fractions. In sixteenths they stay exact enough, and uint8 still
+    # holds 15.9 events per pixel. More count as that.
+    scale: int
+    flip: bool = True
+
+
+EVENT_SETS = {
+    "cifar10-dvs": EventSet(CIFAR10, read_aedat, ".aedat", 128, 48, 16),
+    "nmnist": EventSet(list("0123456789"), read_nmnist, ".bin", 34, 34, 1, flip=False),
+    "shapes-dvs": EventSet(SHAPES, read_aedat, ".aedat", 128, 32, 16),
+}
+
+
 class Recordings:
     """Recordings as a torch data set: item i is frames uint8 [T, 2, size, size]."""
 
     def __init__(self, name, paths, timesteps, by):
-        self.name, self.paths, self.timesteps, self.by = name, paths, timesteps, by
+        self.event_set, self.paths = EVENT_SETS[name], paths
+        self.timesteps, self.by = timesteps, by
 
     def __getitem__(self, i):
-        path, (pixels, size, scale) = self.paths[i], SENSORS[self.name]
-        events = read_nmnist(path) if self.name == "nmnist" else read_aedat(path)
+        path, (_, read, _, pixels, size, scale, _) = self.paths[i], self.event_set
+        events = read(path)
         # The first step is 0, so that a recording of a single event has one, too.
         steps = np.append(0, np.diff(events[0]))
         # Disorder of a few microseconds and short rests are usual. More than that means a clock
@@ -715,6 +686,8 @@ def unpack(packed, ending):
         with zipfile.ZipFile(packed) as archive:
             inside = [name for name in archive.namelist() if name.endswith(ending)
                       and not os.path.basename(name).startswith(".")]
+            if not inside:
+                return
             # The last file of an interrupted unpacking is shorter than it should be.
             sizes = {os.path.basename(name): archive.getinfo(name).file_size for name in inside}
             whole = [path for path in beside
@@ -751,15 +724,18 @@ def find_recordings(folder, classes, ending):
     return sorted(found)
 
 
+def in_test_folder(path):
+    """Whether the innermost folder named train or test is one of test."""
+    return path.lower().rfind("test") > path.lower().rfind("train")
+
+
 def test_part(recordings, split):
     """bool [N]: which recordings are the test set; see load."""
     labels, numbers, paths, *_ = zip(*recordings)
     if split == "official":
-        # The innermost folder named train or test counts.
-        lower = [path.lower() for path in paths]
-        return np.array([path.rfind("test") > path.rfind("train") for path in lower])
-    if split in ("first100", "first20"):
-        return np.array(numbers) < int(split[5:])
+        return np.array([in_test_folder(path) for path in paths])
+    if split == "first100":
+        return np.array(numbers) < 100
     if split != "random":
         raise UserError(f"unknown split {split!r} of event recordings: choose first100 or random")
     test = np.zeros(len(labels), bool)
@@ -779,17 +755,19 @@ def complete_recordings(folder, classes, ending, split):
     for packed in sorted(folder.glob("[!.]*.zip")):
         unpack(packed, ending)
     recordings = find_recordings(folder, classes, ending)
-    for label in set(range(len(classes))) - {label for label, *_ in recordings}:
-        raise UserError(f"{folder} has no recordings of class {classes[label]}: {ORIGINALS}")
+    missing = set(range(len(classes))) - {label for label, *_ in recordings}
+    if missing:
+        label = classes[min(missing)]
+        raise UserError(f"{folder} has no recordings of class {label}: {ORIGINALS}")
     test = test_part(recordings, split)
     if test.all() or not test.any():
         raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(test)} recordings "
                         "the test set; training and test need some each: choose another")
     # A recording that lies there twice could be on both sides of a random split. N-MNIST has the
     # same numbers in training and test.
-    seen, halves = {}, test_part(recordings, "official")
-    for (label, number, path, *_), half in zip(recordings, halves):
-        twin = seen.setdefault((label, number, half), path)
+    seen = {}
+    for label, number, path, *_ in recordings:
+        twin = seen.setdefault((label, number, in_test_folder(path)), path)
         if twin != path:
             raise UserError(f"{folder}: {twin} and {path} are one recording, delete one")
     return recordings, test
@@ -797,11 +775,10 @@ def complete_recordings(folder, classes, ending, split):
 
 def load_events(name, folder, workers, timesteps, split, by):
     """A data set of recordings from prepared frames, which are made where they are missing."""
-    _, size, scale = SENSORS[name]
-    classes = {"nmnist": list("0123456789"), "shapes-dvs": SHAPES, "cifar10-dvs": CIFAR10}[name]
-    ending = ".bin" if name == "nmnist" else ".aedat"
-    # N-MNIST comes with its own split. A class of shapes-dvs has only 80 recordings.
-    split = {"nmnist": "official", "shapes-dvs": split.replace("100", "20")}.get(name, split)
+    classes, _, ending, _, size, scale, flip = EVENT_SETS[name]
+    # N-MNIST comes with its own split.
+    if name == "nmnist":
+        split = "official"
     # What frames depend on is in their name, or, the recordings, in the file beside them.
     suffix = f"_T{timesteps}_{by}_{size}_{split}"
     paths, source = array_paths(folder, suffix), folder / f"source{suffix}.txt"
@@ -824,13 +801,13 @@ def load_events(name, folder, workers, timesteps, split, by):
     train, test = read_arrays(paths, (timesteps, 2, size, size), len(classes))
     # This deviation undoes the scale, so that the network sees events per pixel. Shifts of up to 5
     # pixels are usual. Digits are not mirrored.
-    return Resident(name, train, test, classes, (0.0, 0.0), (scale / 255,) * 2, pad=5,
-                    flip=name != "nmnist", split=split)
+    return Resident(name, train, test, classes, (0.0, 0.0), (scale / 255,) * 2, pad=5, flip=flip,
+                    split=split)
 
 
 def make_frames(recordings, workers):
     """The frames of all recordings, uint8 [N, T, 2, size, size], made by worker processes."""
-    n, size, done = len(recordings.paths), SENSORS[recordings.name][1], 0
+    n, size, done = len(recordings.paths), recordings.event_set.size, 0
     frames = np.empty((n, recordings.timesteps, 2, size, size), np.uint8)
     start = printed = time.perf_counter()
     batches = [range(first, min(first + 25, n)) for first in range(0, n, 25)]
@@ -857,9 +834,10 @@ def write_aedat(path, t, x, y, p):
 
 def draw_recordings(folder, per_class=80, size=128, steps=16):
     """The SHAPES going round in a small circle before a camera of events, as recordings
-    <shape>/drawn_<shape>_<i>.aedat."""
+    <shape>/drawn_<shape>_<number>.aedat. Numbers begin at 80, so that the split first100 has 20 in
+    its test set."""
     for label, i in np.ndindex(len(SHAPES), per_class):
-        path = folder / SHAPES[label] / f"drawn_{SHAPES[label]}_{i}.aedat"
+        path = folder / SHAPES[label] / f"drawn_{SHAPES[label]}_{80 + i}.aedat"
         # An earlier call may have been interrupted.
         if path.exists():
             continue
@@ -884,3 +862,76 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
         t = (10000 * (step + rng.uniform(0, 1, len(step)))).astype(np.int64)
         order = np.argsort(t)
         write_aedat(path, t[order], x[order], y[order], p[order])
+
+
+# ---- Loading a data set by its name -------------------------------------------------------------
+
+def download_cifar(name, root):
+    """Images and labels of training and of test, from the original in root."""
+    original = getattr(torchvision.datasets, name.upper())
+    try:
+        # torchvision verifies what is there and downloads the rest.
+        train, test = (original(root, train=train, download=True) for train in (True, False))
+    # A download fails in many ways.
+    except Exception as error:
+        raise UserError(f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): "
+                        f"put {original.filename} from {original.url} there, or prepared arrays "
+                        f"{{train,test}}_{{images,labels}}.npy into {root / name}") from error
+    return train.data, np.uint8(train.targets), test.data, np.uint8(test.targets)
+
+
+def load_folder(root, size, workers):
+    """A tree of images small enough to live on the device, decoded once."""
+    trees, arrays = image_trees(root), []
+    for tree in trees:
+        tree.transform = fixed_crop(size, size)
+        keys = [(i, 0) for i in range(len(tree.samples))]
+        # The size of these batches only says how work is handed out.
+        batches = [keys[first:first + 64] for first in range(0, len(keys), 64)]
+        images, labels = zip(*worker_batches(tree, batches, workers))
+        arrays.append((torch.cat(images).permute(0, 2, 3, 1).numpy(), torch.cat(labels).numpy()))
+    # Mean and deviation come from a histogram of each channel, [3, 256], because np.std would
+    # make a copy of 8 times the size.
+    counts = np.zeros((3, 256), np.int64)
+    for image in arrays[0][0]:
+        counts += [np.bincount(channel, minlength=256) for channel in image.reshape(-1, 3).T]
+    share, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = share @ values
+    std = (share @ values ** 2 - mean ** 2).clip(1e-6) ** 0.5
+    return Resident("folder", *arrays, trees[0].classes, mean.tolist(), std.tolist())
+
+
+def load(name, data_dir="data", image_size=None, workers=2, timesteps=4, dvs_split="first100",
+         bin_by="count"):
+    """A data set, Resident or Streamed. UserError with what to do where that is not possible.
+
+    image_size  side of shapes, folder (32 unless given) and imagenet (224)
+    timesteps   frames that a recording of events is cut into
+    bin_by      how it is cut, see bin_events
+    dvs_split   the test set: "first100", recordings 0 to 99 of each class, or "random", a tenth of
+                each, always the same. N-MNIST has its own
+    """
+    root = pathlib.Path(data_dir)
+    if image_size is None:
+        image_size = 224 if name == "imagenet" else 32
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    # Large images would not fit on the device.
+    if name == "imagenet" or name == "folder" and image_size > RESIDENT_UP_TO:
+        tree = root / name if name == "imagenet" else root
+        return Streamed(name, tree, image_size, *STATISTICS["imagenet"], workers)
+    if name == "folder":
+        return load_folder(root, image_size, workers)
+    if name in EVENT_SETS:
+        return load_events(name, root / name, workers, timesteps, dvs_split, bin_by)
+    if name == "shapes":
+        if image_size > RESIDENT_UP_TO:
+            raise UserError(f"shapes have an --image-size up to {RESIDENT_UP_TO}, not {image_size}")
+        train, test = draw_shapes(8000, 1, image_size), draw_shapes(1000, 2, image_size)
+        return Resident(name, train, test, SHAPES, *STATISTICS[name])
+    # CIFAR remains.
+    paths, num_classes = array_paths(root / name), {"cifar10": 10, "cifar100": 100}[name]
+    if not all(path.exists() for path in paths):
+        write_arrays(paths, download_cifar(name, root))
+    train, test = read_arrays(paths, (32, 32, 3), num_classes)
+    return Resident(name, train, test, [str(c) for c in range(num_classes)], *STATISTICS[name])

@@ -6,7 +6,6 @@ was not interrupted.
 """
 import copy
 import functools
-import hashlib
 import http.server
 import math
 import multiprocessing
@@ -1535,10 +1534,10 @@ def test_preparing_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
 def test_drawn_recordings_are_a_set_like_any_other(tmp_path):
     data.draw_recordings(tmp_path, per_class=1)
     # A second call adds what is missing.
-    (tmp_path / "ring/drawn_ring_0.aedat").unlink()
+    (tmp_path / "ring/drawn_ring_80.aedat").unlink()
     data.draw_recordings(tmp_path, per_class=1)
     recordings = data.find_recordings(tmp_path, data.SHAPES, ".aedat")
-    assert [recording[:2] for recording in recordings] == [(label, 0) for label in range(10)]
+    assert [recording[:2] for recording in recordings] == [(label, 80) for label in range(10)]
     for _, _, path, *_ in recordings:
         t, x, y, p = data.read_aedat(tmp_path / path)
         assert len(t) > 1000 and (np.diff(t) >= 0).all() and 0.3 < p.mean() < 0.7

@@ -203,7 +203,7 @@ def parse(argv=None):
 
 
 def with_recipe(args):
-    """A copy of args in which what is None is the recipe's, or follows from the other settings."""
+    """A copy of args in which what was not given is the recipe's."""
     args = argparse.Namespace(**vars(args))
     if args.recipe is None:
         args.recipe = "paper"
@@ -215,9 +215,6 @@ def with_recipe(args):
     for name, values in RECIPE.items():
         if getattr(args, name) is None:
             setattr(args, name, values[RECIPES.index(args.recipe)])
-    # ImageNet's size is the published one. Drawn shapes and folders have CIFAR's.
-    if args.image_size is None:
-        args.image_size = 224 if args.dataset == "imagenet" else 32
     return args
 
 
