@@ -15,6 +15,7 @@ What the figures mean is written under every table. This file imports all the ot
 """
 import argparse
 import collections
+import contextlib
 import copy
 import math
 import os
@@ -32,7 +33,7 @@ import neuron
 import train
 from data import UserError
 from neuron import TrLIF, lif
-from train import build_network, check_classes, evaluate, load_checkpoint
+from train import build_network, check_classes, evaluate, load_checkpoint, load_data
 
 # Energy of a 32-bit multiply-accumulate and of an accumulate in pJ, in 45 nm CMOS (Horowitz 2014).
 PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9
@@ -51,10 +52,7 @@ def test_data(checkpoint, data_dir, workers, timesteps=None):
     settings = SimpleNamespace(**checkpoint["settings"])
     # Recordings of events are cut into as many frames as the network takes steps.
     frames = timesteps or settings.timesteps
-    dataset = data.load(settings.dataset, data_dir, settings.image_size, workers, frames,
-                        settings.dvs_split, settings.bin_by)
-    if settings.classes:
-        dataset.keep_classes(settings.classes)
+    dataset = load_data(settings, data_dir, workers, frames)
     check_classes(checkpoint, dataset, data_dir)
     # The network expects the scale of its own training images, whatever the folder holds by now.
     dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]
@@ -81,7 +79,7 @@ def neurons_of(model):
 
 
 def observe(model, batches, amp=False):
-    """evaluate(), and the spikes that flowed meanwhile, summed over all images.
+    """Run evaluate(), and count the spikes that flow meanwhile, summed over all images.
 
     Returns (result, counts). The size of counts does not grow with the number of images:
     name of a neuron layer   spikes of each neuron at each step, [T, *neurons]
@@ -166,9 +164,9 @@ def operations(model, counts, images):
     rows = []
 
     def add(name, spikes, acs, macs, dense):
-        row = dict(spikes=float(spikes), acs=float(acs), macs=float(macs), dense=float(dense))
-        pj = PJ_PER_AC * row["acs"] + PJ_PER_MAC * row["macs"]
-        rows.append({"layer": name, **row, "pj": pj, "dense_pj": PJ_PER_MAC * row["dense"]})
+        row = dict(layer=name, spikes=float(spikes), acs=float(acs), macs=float(macs))
+        row["pj"] = PJ_PER_AC * row["acs"] + PJ_PER_MAC * row["macs"]
+        rows.append({**row, "dense": float(dense), "dense_pj": PJ_PER_MAC * float(dense)})
 
     for layer, sources in models.synapses(model):
         # The spikes of each source that arrive at each place, [C, H, W] or [N, D], over all steps.
@@ -183,7 +181,7 @@ def operations(model, counts, images):
         if layer is model.head:
             # A conventional head reads the mean over places, one value a channel.
             dense = layer.out_features * arriving[0].shape[0 if arriving[0].dim() == 3 else 1]
-        elif not any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in layer):
+        elif len(layer) == 0 or isinstance(layer[0], models.Scale):
             # A plain shortcut of a conventional network has no weights: it only adds.
             dense = 0
         add(names[layer], sum(spikes.sum() for spikes in arriving), acs, macs, dense)
@@ -251,7 +249,17 @@ def wasserstein(laws, reference):
     return (laws - reference).cumsum(-1).abs().sum(-1) / BINS_PER_THRESHOLD
 
 
-# ---- Tables -------------------------------------------------------------------------------------
+# ---- All about one checkpoint -------------------------------------------------------------------
+
+@contextlib.contextmanager
+def fusing(on):
+    """Neurons are fused, or not, inside of a with block."""
+    before, neuron.COMPILE = neuron.COMPILE, on
+    try:
+        yield
+    finally:
+        neuron.COMPILE = before
+
 
 def examine(path, checkpoint, model, dataset, batch_size, images=None, amp=False):
     """All that report(), comparison() and plot() show of a checkpoint, as attributes."""
@@ -267,16 +275,15 @@ def examine(path, checkpoint, model, dataset, batch_size, images=None, amp=False
     # Potentials from both starts, over T steps and on until they have settled: a leak of tau = 4
     # leaves 1 % of the start after 16 steps. The last T steps then show the stationary law.
     study.steps, study.runs = 5 * T + 16, {}
-    # The plain loop, because so many steps take longer to compile than these few batches take.
-    fused, neuron.COMPILE = neuron.COMPILE, False
     for start, v_init in (("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0)):
         # More steps need smaller batches in the same memory.
         batches = take(dataset, max(1, batch_size * T // study.steps), images)
-        longer, laws = potentials(model, batches, T, study.steps, v_init, amp)
+        # The plain loop: so many steps take longer to compile than these few batches take.
+        with fusing(False):
+            longer, laws = potentials(model, batches, T, study.steps, v_init, amp)
         # The distance of each layer's potentials at each step from the stationary law, [layers, T].
         shift = torch.stack([wasserstein(law[:T], law[T]) for law in laws.values()])
         study.runs[start] = SimpleNamespace(top1_at=longer["top1_at"], laws=laws, shift=shift)
-    neuron.COMPILE = fused
 
     # Spikes an image: {neuron layer: [T, *neurons]}.
     spikes = {name: counts[name].cpu() / images for name in study.neurons}
@@ -289,6 +296,8 @@ def examine(path, checkpoint, model, dataset, batch_size, images=None, amp=False
     study.dense_mj = 1e-9 * sum(row["dense_pj"] for row in study.operations)
     return study
 
+
+# ---- Tables -------------------------------------------------------------------------------------
 
 def table(header, rows):
     """A table in Markdown whose columns are aligned, so that it can be read as plain text too.
@@ -324,8 +333,8 @@ def comparison(studies):
     header = ("checkpoint | network | T | parameters | top-1 after t = 1, 2, ... | firing rate | "
               "spikes/image | energy/image | conventional | shift at t=1 | with v[0] = 0")
     return f"""{table(header, rows)}
-Firing rate: spikes a neuron and step. Energy: arithmetic only, 45 nm, 4.6 pJ a multiply-accumulate
-and 0.9 pJ an accumulate; conventional: the same network in one pass, all multiply-accumulates.
+Firing rate: spikes per neuron and step. Energy: arithmetic only, 45 nm, {PJ_PER_MAC} pJ for each
+multiply-accumulate, {PJ_PER_AC} pJ for each accumulate; conventional: the same network in one pass.
 Shift: distance of the potentials at t = 1 from their stationary law, in thresholds (1-Wasserstein,
 mean over layers), as the network is and started at 0.
 """
@@ -346,7 +355,8 @@ def shift_table(study, times):
     rows = []
     for name, distances in zip(["mean over layers", *study.neurons], [shift.mean(0), *shift]):
         rows.append([name, *(f"{distance:.3f}" for distance in distances)])
-    return table(f"layer | {times} | {times.replace('t', 'from 0: t')}", rows)
+    from_0 = " | ".join(f"from 0: t={t}" for t in range(1, study.T + 1))
+    return table(f"layer | {times} | {from_0}", rows)
 
 
 def operation_table(study):
@@ -394,12 +404,13 @@ later steps see. Histograms of 1/{BINS_PER_THRESHOLD} threshold a bin: off by on
 {study.spikes:,.0f} spikes, {acs:,.0f} accumulates, {macs:,.0f} multiply-accumulates; {dense:,.0f}
 multiply-accumulates in a conventional network, {study.dense_mj / study.mj:.2f} times the energy.
 
-A spike costs one accumulate (0.9 pJ) for each connection that leaves its place; where a residual
-stream adds spikes of k neurons, k. An image is analog: its first layer costs multiply-accumulates
-(4.6 pJ), once for all steps. In event frames a whole number k counts as k spikes, anything else as
-analog. Attention: k^T v costs an accumulate for each pair of spikes that meet in a token, q (k^T v)
-one for each spike of q and column of its head. 45 nm CMOS, arithmetic only: no memory access,
-biases or pooling, nor the {study.size * study.T:,d} updates of neurons.
+A spike costs an accumulate ({PJ_PER_AC} pJ) for each connection that leaves its place; where a
+residual stream adds spikes of k neurons, k. An image is analog: its first layer costs
+multiply-accumulates ({PJ_PER_MAC} pJ), once for all steps. In event frames a whole number k counts
+as k spikes, anything else as analog. Attention: k^T v costs an accumulate for each pair of spikes
+that meet in a token, q (k^T v) one for each spike of q and column of its head. 45 nm CMOS,
+arithmetic only: no memory access, biases or pooling, nor the {study.size * study.T:,d} updates of
+neurons.
 """
 
 
@@ -425,10 +436,6 @@ def save_figure(figure, path):
     data.write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     # matplotlib keeps every figure in memory until it is closed.
     pyplot().close(figure)
-
-
-def describe(panel, title, x, y):
-    panel.set(title=title, xlabel=x, ylabel=y)
 
 
 def draw_laws(panel, laws, labels, colours):
@@ -460,10 +467,11 @@ def draw_curves(accuracy, rate, shift, study, colours):
     for t, colour in enumerate(colours):
         rates = [100 * layer[t] for layer in study.rates.values()]
         rate.plot(rates, ".-", color=colour, label=f"t = {t + 1}")
-    describe(accuracy, "Accuracy when read out after t steps", "time step t", "top-1 (%)")
-    describe(rate, "Firing rate", "neuron layer", "spikes a neuron and step (%)")
+    accuracy.set(title="Accuracy when read out after t steps",
+                 xlabel="time step t", ylabel="top-1 (%)")
+    rate.set(title="Firing rate", xlabel="neuron layer", ylabel="spikes a neuron and step (%)")
     title = "Covariate shift at t = 1: distance of the\npotentials from their stationary law"
-    describe(shift, title, "neuron layer", "1-Wasserstein distance (thresholds)")
+    shift.set(title=title, xlabel="neuron layer", ylabel="1-Wasserstein distance (thresholds)")
 
 
 def draw_energy(panel, study):
@@ -473,7 +481,8 @@ def draw_energy(panel, study):
     # The wide bars are drawn first, so that the narrow ones stand before them.
     panel.bar(layers, dense, 0.9, color="lightgrey", label=f"conventional: {study.dense_mj:.3g} mJ")
     panel.bar(layers, spiking, 0.5, label=f"spiking: {study.mj:.3g} mJ")
-    describe(panel, "Energy an image (45 nm, arithmetic only)", "layer with weights", "energy (nJ)")
+    panel.set(title="Energy an image (45 nm, arithmetic only)",
+              xlabel="layer with weights", ylabel="energy (nJ)")
 
 
 def plot(study, path):
@@ -497,8 +506,8 @@ def plot(study, path):
         for panel, (start, run) in zip(axes[1:, column], study.runs.items()):
             labels = [f"t = {t + 1}, distance {run.shift[i, t]:.3f}" for t in range(study.T)]
             draw_laws(panel, run.laws[names[i]], labels, colours)
-            describe(panel, f"{names[i]}, {start}",
-                     "membrane potential after the reset (thresholds)", "density")
+            panel.set(title=f"{names[i]}, {start}",
+                      xlabel="membrane potential after the reset (thresholds)", ylabel="density")
             panel.set(yscale="log", ylim=(0.01, None))
     for panel in axes.flat:
         panel.legend()
@@ -528,7 +537,8 @@ def draw_start(panel, title, currents, v_init):
     labels = [f"t = {t}: off by {distance:.2f}" for t, distance in zip((1, 2, 4), distances)]
     draw_laws(panel, laws, labels, ("tab:orange", "tab:green", "tab:blue"))
     panel.axvline(v_init, color="black", lw=1, ls=":", label=f"start: {v_init:.2f}")
-    describe(panel, title, "membrane potential (thresholds); currents 0.5 ± 0.5", "density")
+    panel.set(title=title,
+              xlabel="membrane potential (thresholds); currents 0.5 ± 0.5", ylabel="density")
     panel.set(xlim=(-0.8, 1.2), ylim=(0, 1.7))
     panel.legend(loc="upper left")
 
@@ -555,8 +565,8 @@ def draw_windows(panel):
             panel.fill_between(seen, row + top - 0.13, row + top, color=colour, lw=0)
             panel.text(6.2, row + top - 0.12, f"{name}: {100 * len(seen) / len(h):.0f} %",
                        color=colour, fontsize=8)
-    describe(panel, "TrSG: the window scales with the threshold",
-             "membrane potential before firing (%: share in the window)", None)
+    panel.set(title="TrSG: the window scales with the threshold",
+              xlabel="membrane potential before firing (%: share in the window)", ylabel=None)
     panel.set(yticks=[], xticks=range(-4, 9, 2), xlim=(-4, 10.4), ylim=(-0.4, 2.8))
 
 
@@ -570,7 +580,7 @@ def gradient_norm(surrogate, theta):
     models.scale_currents(model, theta)
     currents = []
     model.lif.register_forward_pre_hook(lambda layer, inputs: currents.append(inputs[0]))
-    # Neither the images nor the classes matter: random ones do.
+    # Random images and labels will do, because only sizes of gradients are compared.
     logits = model(torch.randn(16, 3, 16, 16)).mean(0)
     loss = F.cross_entropy(logits, torch.arange(16) % 10)
     return torch.autograd.grad(loss, currents)[0].norm().item()
@@ -582,8 +592,9 @@ def draw_gradients(panel):
     for surrogate, name, colour in WINDOWS:
         norms = [gradient_norm(surrogate, theta) for theta in thetas]
         panel.loglog(thetas, norms, "o-", color=colour, label=name)
-    describe(panel, "... so that gradients keep their size",
-             "threshold (currents scale with it)", "gradient norm, first layer of 17")
+    panel.set(title="... so that gradients keep their size",
+              xlabel="threshold (currents scale with it)",
+              ylabel="gradient norm, first layer of 17")
     # Ticks at the thresholds themselves instead of powers of ten.
     panel.minorticks_off()
     panel.set_xticks(thetas, thetas)
@@ -625,13 +636,13 @@ def layer_times(neurons, T, device, dtype):
         timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
         return 1e3 * timer.blocked_autorange(min_run_time=SECONDS).median
 
-    before, times = neuron.COMPILE, []
-    for neuron.COMPILE in (False, True):
-        times.append(milliseconds(step))
-    neuron.COMPILE = before
+    with fusing(False):
+        plain = milliseconds(step)
+    with fusing(True):
+        fused = milliseconds(step)
     # A copy passes over memory twice. A layer cannot do with fewer than 5 passes: read x, write
     # the spikes; read x and the gradient, write the gradient.
-    return *times, 2.5 * milliseconds(lambda: copied.copy_(gradient))
+    return plain, fused, 2.5 * milliseconds(lambda: copied.copy_(gradient))
 
 
 def speed(device, T=4):
@@ -669,8 +680,8 @@ def file_name(ending):
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser("eval.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser("eval.py", description=__doc__, **how)
     add, png = p.add_argument, file_name(".png")
     add("checkpoint", nargs="*", type=train.path, help="last.pt or best.pt of a run")
     add("--inspect", action="store_true", help="print tables, layer by layer")
@@ -774,8 +785,8 @@ def main(argv=None):
         speed(device)
     if args.picture:
         # Compiling takes longer than these few small layers.
-        neuron.COMPILE = False
-        picture(args.picture)
+        with fusing(False):
+            picture(args.picture)
     # One after the other: a picture is there before the next checkpoint is looked at.
     studies = []
     for i, (path, checkpoint) in enumerate(zip(args.checkpoint, checkpoints), 1):
@@ -783,6 +794,7 @@ def main(argv=None):
         if args.plot:
             # FILE.png, FILE-2.png, ...
             plot(studies[-1], args.plot if i == 1 else f"{args.plot.removesuffix('.png')}-{i}.png")
+    # All checkpoints have been examined, or none.
     if studies and studies[0]:
         tables = f"# Comparison\n\n{comparison(studies)}\n"
         tables += "\n".join(report(study) for study in studies)

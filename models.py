@@ -17,7 +17,7 @@ Between calls a network holds no state but its weights and running means.
 
 What travels between the layers of a resnet is 0 or theta, nothing else (the head reads their
 means). In sew_resnet* and spikformer the residual streams add the spikes of several layers, each
-with its own theta. `fold` makes everything that travels 0 or 1.
+with its own theta. `fold` makes a copy for inference in which everything that travels is 0 or 1.
 
 This file imports neuron.py.
 """
@@ -51,12 +51,12 @@ def conv_bn(c_in, c_out, kernel, stride=1):
 
 
 def linear_bn(c_in, c_out):
-    """The same for tokens."""
+    """The same for tokens [T*B, N, C], with the bias that the published network has."""
     return nn.Sequential(nn.Linear(c_in, c_out), TokenBatchNorm(c_out))
 
 
 def fire(neuron, x, T):
-    """Run a neuron layer, which wants [T, B, ...], on a folded current [T*B, ...]."""
+    """A neuron layer's spikes for a current [T*B, ...], which it wants as [T, B, ...]."""
     return neuron(x.unflatten(0, (T, -1))).flatten(0, 1)
 
 
@@ -70,7 +70,7 @@ def input_current(stem, x, timesteps):
 
 
 class Add(nn.Module):
-    """Adds the spikes y of a layer to a residual stream x. A module, so that `fold` can put
+    """Adds the spikes y of a layer to a residual stream x. It is a module because `fold` puts
     another one in its place."""
 
     def forward(self, x, y):
@@ -188,6 +188,23 @@ class SpikingSelfAttention(nn.Module):
         return self.out(fire(self.lif, y.transpose(1, 2).flatten(2), T), T)
 
 
+class SpikingMLP(nn.Module):
+    """Two layers on each token, with four times the channels in between."""
+
+    def __init__(self, dim, lif_options):
+        super().__init__()
+        self.up = LinearLIF(dim, 4 * dim, lif_options)
+        self.down = LinearLIF(4 * dim, dim, lif_options)
+
+    def forward(self, x, T):
+        return self.down(self.up(x, T), T)
+
+
+def tokens(x):
+    """Places as tokens: [T*B, D, H, W] -> [T*B, H*W, D]."""
+    return x.flatten(2).transpose(1, 2)
+
+
 class Spikformer(nn.Module):
     """Patch splitting to tokens of 6 * width channels, then blocks of attention and MLP."""
 
@@ -204,18 +221,12 @@ class Spikformer(nn.Module):
         # The third and the fourth stage halve the side, so that 32x32 pixels become 8x8 tokens.
         pools = [nn.Identity(), nn.Identity(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)]
         self.pools = nn.ModuleList(pools)
-        # Each block is an attention and an MLP, which has four times the channels inside.
+        # Each block is an attention and an MLP.
         self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, lif_options)
                                        for _ in range(depth))
-        self.mlp = nn.ModuleList(nn.ModuleList([LinearLIF(dim, 4 * dim, lif_options),
-                                                LinearLIF(4 * dim, dim, lif_options)])
-                                 for _ in range(depth))
+        self.mlp = nn.ModuleList(SpikingMLP(dim, lif_options) for _ in range(depth))
         self.join = Add()
         self.head = nn.Linear(dim, num_classes)
-
-    def tokens(self, x):
-        """[T*B, D, H, W] -> [T*B, N, D]."""
-        return x.flatten(2).transpose(1, 2)
 
     def forward(self, x):
         x = input_current(self.patches[0], x, self.timesteps)
@@ -224,11 +235,11 @@ class Spikformer(nn.Module):
         for i in (1, 2, 3):
             x = self.pools[i](fire(self.lifs[i], self.patches[i](x), T))
         # The fifth convolution tells each token its place.
-        x = self.join(self.tokens(x), self.tokens(fire(self.lifs[4], self.patches[4](x), T)))
+        x = self.join(tokens(x), tokens(fire(self.lifs[4], self.patches[4](x), T)))
         # The stream x is [T*B, N tokens, D]. Each block adds its spikes to it.
-        for attention, (up, down) in zip(self.attention, self.mlp):
+        for attention, mlp in zip(self.attention, self.mlp):
             x = self.join(x, attention(x, T))
-            x = self.join(x, down(up(x, T), T))
+            x = self.join(x, mlp(x, T))
         # The head reads the mean over tokens and gives logits for each step.
         return self.head(x.mean(1)).unflatten(0, (T, -1))
 
@@ -247,13 +258,15 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
     start           how weights start. "published": PyTorch's own way; in the ImageNet resnets
                     kaiming_normal (fan_out) and a head of normal(0, 0.01), as published.
                     "kaiming": kaiming_normal (fan_out) in every convolution
-    lif_options     handed to every TrLIF: threshold, tau, mp_init, surrogate, momentum, learnable
+    lif_options     handed to every TrLIF, see there
 
     forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for
-    what it cannot build.
+    values that are out of range.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
+    if start not in ("published", "kaiming"):
+        raise ValueError(f"start must be 'published' or 'kaiming', not {start!r}")
     if min(num_classes, timesteps, in_channels, width) < 1:
         raise ValueError(f"num_classes {num_classes}, timesteps {timesteps}, in_channels "
                          f"{in_channels} and width {width} must be at least 1")
@@ -287,11 +300,11 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
 
 @torch.no_grad()
 def scale_currents(model, threshold):
-    """Multiply every BatchNorm's weight, 1 at the start, by theta, in place (as tdBN, Zheng 2021).
+    """Multiply every BatchNorm's weight, 1 at the start, by theta, in place (as threshold-dependent
+    BatchNorm does, Zheng et al. 2021).
 
-    With currents scaled by theta, the initial theta is only a unit: the next BatchNorm divides
-    it out, and TrSG's gradients do not depend on it. Not so in spikformer's attention, where
-    three spikes are multiplied.
+    Currents and thresholds then scale alike, so that a network of TrSG layers computes the same
+    from whatever theta it starts. Not so in spikformer's attention, which multiplies three spikes.
     """
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -309,7 +322,8 @@ def compile_model(model, **options):
 # ---- Folding: a network for inference whose spikes are all 1 -------------------------------------
 
 class Concatenate(nn.Module):
-    """In the place of Add: streams side by side along dim, each with weights of its own behind."""
+    """In a folded network in the place of Add. It puts streams side by side along dim, so that the
+    next layer can have weights of its own for each."""
 
     def __init__(self, dim):
         super().__init__()
@@ -320,7 +334,8 @@ class Concatenate(nn.Module):
 
 
 class Scale(nn.Module):
-    """In the place of a plain shortcut: one connection a neuron, of weight theta."""
+    """In a folded network in the place of a plain shortcut, whose spikes count theta each: one
+    connection of this weight per neuron."""
 
     def __init__(self, weight):
         super().__init__()
@@ -342,12 +357,12 @@ def synapses(model):
         found = [(model.patches[0], [])]
         found += [(model.patches[i], [model.lifs[i - 1]]) for i in range(1, 5)]
         stream = [model.lifs[3], model.lifs[4]]
-        for attention, (up, down) in zip(model.attention, model.mlp):
+        for attention, mlp in zip(model.attention, model.mlp):
             found += [(part.linear, stream) for part in (attention.q, attention.k, attention.v)]
             found += [(attention.out.linear, [attention.lif])]
             stream = stream + [attention.out.lif]
-            found += [(up.linear, stream), (down.linear, [up.lif])]
-            stream = stream + [down.lif]
+            found += [(mlp.up.linear, stream), (mlp.down.linear, [mlp.up.lif])]
+            stream = stream + [mlp.down.lif]
         return found + [(model.head, stream)]
     found, stream = [(model.stem, [])], [model.lif]
     for block in model.blocks:
@@ -428,7 +443,7 @@ def fold(model):
     take theta. BatchNorm, a fixed scale and shift here, goes into the weights before it. Where
     a residual stream adds spikes of different thetas, which no common weight can absorb, the
     spikes of each source stay apart and meet weights of their own: more memory, but as many
-    spikes, each meeting one weight a connection. The head reads means over places: 1 / places
+    spikes, each meeting one weight per connection. The head reads means over places: 1 / places
     counts as part of its weights.
     """
     model = copy.deepcopy(model).eval()

@@ -166,8 +166,9 @@ class TrLIF(nn.Module):
     check      look for NaN and infinity in every input (this waits for the device)
 
     forward: current [T, B, ...] -> spikes of the same shape and dtype, with values 0 or theta, in
-    that dtype ("trsg"), or 0 or 1 ("absolute"). Raises TypeError for a current that is not floating point,
-    ValueError for one without T and B, with T = 0, or not finite (check). arXiv:2511.08708.
+    that dtype ("trsg"), or 0 or 1 ("absolute"). Raises TypeError for a current that is not
+    floating point, ValueError for one without T and B, with T = 0, or not finite (check).
+    arXiv:2511.08708.
 
     Limits:
     - Each forward in training replaces v_init. So in training no torch.utils.checkpoint around a
