@@ -2234,36 +2234,23 @@ def test_mistakes_are_said_before_the_work(monkeypatch, capsys, arguments, messa
 
 # ---- several processes ---------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def forks():
-    """Starts processes as forks of one that has imported everything, and so within milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        # The process to fork from has to find this file, wherever pytest was started.
-        patch.setenv("PYTHONPATH", str(HERE))
-        # It is created together with the first fork.
-        first = context.Process(target=os.getpid)
-        first.start()
-        first.join()
-    return context
+# Processes are forks of one that has imported everything, which saves each of them the seconds
+# that importing torch takes. That one has to find this file, wherever pytest was started.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+os.environ["PYTHONPATH"] = str(HERE)
 
 
-def call_in_fork(output, environment, function, arguments):
-    os.environ.update(environment)
-    # From here on whatever prints, libraries in C++ as well, prints into the file.
-    with open(output, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    function(*arguments)
-
-
-def start(forks, output, function, *arguments, **environment):
-    """Call function(*arguments) in a process of its own, which prints into the file output."""
-    process = forks.Process(target=call_in_fork, args=(output, environment, function, arguments))
-    process.start()
-    return process
+def in_forks(*functions, code=0):
+    """Call all functions at once, each in a process of its own, which must exit with code."""
+    processes = [FORKS.Process(target=function) for function in functions]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+        # One that waits for another would outlive the tests.
+        process.kill()
+    assert [process.exitcode for process in processes] == [code] * len(processes)
 
 
 def environments_of_two():
@@ -2275,81 +2262,62 @@ def environments_of_two():
     return [dict(common, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
 
 
-def two(forks, folder, function, *arguments, code=0):
-    """Call function(*arguments) in two processes that are joined as torchrun joins them. Both must
-    exit with code. Returns what the first one prints."""
-    folder.mkdir(exist_ok=True)
-    outputs, processes = [], []
-    for environment in environments_of_two():
-        outputs.append(folder / f"printed{environment['RANK']}.txt")
-        processes.append(start(forks, outputs[-1], function, *arguments, **environment))
-    for process in processes:
-        process.join(600)
-        # One that still waits for the other would outlive the tests.
-        process.kill()
-    texts = [output.read_text() for output in outputs]
-    assert [process.exitcode for process in processes] == [code, code], "".join(texts)
-    return texts[0]
-
-
-def train_five_steps(network, rank=0, world=1):
-    """The state of a network after five steps on every world-th image of the same batches."""
+def train_five_steps(environment, arch, fused, file):
+    """Train on this process's part of five batches, and save the state of the network."""
+    os.environ.update(environment)
+    # Whatever is to be fused is fused however small it is.
+    neuron.COMPILE, neuron.CPU_COMPILE_FROM = fused != "plain", 0
+    processes = train.Processes("cpu")
     torch.manual_seed(0)
-    if network == "small":
-        model = models.ResNet(models.Block, [(8, 1, 1)], 10, 2, 3, 4, {})
-    else:
-        model = models.build(network, 10, 2, width=4)
+    small_resnet = models.ResNet(models.Block, [(8, 1, 1)], 10, 2, 3, 4, {})
+    model = small_resnet if arch == "small" else models.build(arch, 10, 2, width=4)
     model.double().train()
     for layer in model.modules():
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            # The statistics of half a batch would differ from those of the whole: running ones
-            # are used. Weights of 2 make the neurons behind fire often.
+            # Half a batch has other statistics than the whole: the running ones are used, while
+            # weights still train. They start at 2 for many spikes.
             layer.eval()
             nn.init.constant_(layer.weight, 2.0)
-    if neuron.COMPILE == "network":
+    if fused == "network":
         models.compile_model(model)
-    trained = train.DistributedDataParallel(model) if world > 1 else model
+    trained = model if processes.world == 1 else train.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         x = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 10, (8,), generator=generator)
-        loss = F.cross_entropy(trained(x[rank::world]).mean(0), y[rank::world])
+        part = slice(processes.rank, None, processes.world)
+        loss = F.cross_entropy(trained(x[part]).mean(0), y[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.state_dict()
-
-
-def train_five_steps_together(file, network, fused):
-    # Compiled however small the layers are, and without processes that help to compile.
-    neuron.COMPILE, neuron.CPU_COMPILE_FROM = fused, 0
-    processes = train.Processes("cpu")
-    state = train_five_steps(network, processes.rank, processes.world)
-    # Nothing that was to be compiled ran uncompiled.
+    # No layer ran unfused because compiling it failed.
     assert not neuron.FAILED
     if processes.rank == 0:
-        torch.save(state, file)
+        torch.save(model.state_dict(), file)
     processes.leave(0)
 
 
 @pytest.mark.parametrize(
-    "network, fused",
-    [("resnet19", False), ("spikformer", False), ("small", "neurons"), ("small", "network")],
+    "arch, fused",
+    [("resnet19", "plain"), ("spikformer", "plain"), ("small", "neurons"), ("small", "network")],
 )
-def test_two_processes_equal_one_with_the_whole_batch(forks, tmp_path, network, fused):
-    file = tmp_path / "together.pt"
-    two(forks, tmp_path, train_five_steps_together, file, network, fused)
-    alone, together = train_five_steps(network), torch.load(file, weights_only=True)
-    # The mean potentials, which the processes have to add up, play a part.
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path, arch, fused):
+    files = tmp_path / "alone.pt", tmp_path / "together.pt"
+    runs = [functools.partial(train_five_steps, {}, arch, "plain", files[0])]
+    for environment in environments_of_two():
+        runs.append(functools.partial(train_five_steps, environment, arch, fused, files[1]))
+    in_forks(*runs)
+    alone, together = (torch.load(file, weights_only=True) for file in files)
+    # There are mean potentials, which processes have to add up.
     assert any(v.abs() > 1e-3 for name, v in alone.items() if name.endswith("v_init"))
     for name, value in alone.items():
         torch.testing.assert_close(value, together[name], rtol=1e-8, atol=1e-8, msg=name)
 
 
 def test_torchrun_trains_and_counts_every_test_image_once(tiny, tmp_path):
-    # 17 test images do not divide by two processes. Threads of compiled neurons and of the
-    # processes' connection must not crash the interpreters at their end: torchrun would fail.
+    # 17 test images do not divide by two. Threads of compiled neurons and of the connection must
+    # not crash an interpreter that ends, for which torchrun would exit with 1.
     flags = [*tiny(17), *"--epochs 1 --limit 16 --compile neurons --out".split(), tmp_path / "run"]
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 train.py"
     assert "done: best" in python(*torchrun.split(), *flags)
@@ -2360,49 +2328,72 @@ def test_torchrun_trains_and_counts_every_test_image_once(tiny, tmp_path):
 
 
 def test_a_mistake_that_the_first_process_finds_ends_both(tiny, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/last.pt").touch()
-    command = [sys.executable, "train.py", *tiny(), "--out", tmp_path / "run"]
-    how = dict(cwd=HERE, stderr=subprocess.PIPE, text=True)
-    # Interpreters of their own: in a fork no thread is able to crash the interpreter's end.
-    both = []
-    for environment in environments_of_two():
-        both.append(subprocess.Popen(command, env={**os.environ, **environment}, **how))
+    (tmp_path / "last.pt").touch()
+    command = [sys.executable, "train.py", *tiny(), "--out", tmp_path]
+    # Not forks, of which multiprocessing leaves out the end of the interpreter.
+    both = [
+        subprocess.Popen(
+            command, cwd=HERE, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+        )
+        for environment in environments_of_two()
+    ]
     for process in both:
         error = process.communicate(timeout=600)[1]
-        assert process.returncode == 2, error
-        # Nothing else is said, by Python or by a thread that is terminated.
-        assert "holds a run (last.pt)" in error and error.count("\n") == 1
+        # One line, without what Python or a thread says that ends badly.
+        assert process.returncode == 2 and error.count("\n") == 1, error
+        assert "holds a run (last.pt)" in error
 
 
-def train_in_two(flags, stop=False):
-    """train.py on a small network. An R in a flag becomes the process's rank."""
-    rank, learning_rate = os.environ["RANK"], train.learning_rate
+def train_small(environment, flags, number=0, part="train_step", call=0):
+    """train.py on a small network. It gets the signal of that number in its function part: at that
+    call (or return) of whatever the function calls, counted over all its runs. 0: at none."""
+    os.environ.update(environment)
+    function, calls = getattr(train, part), 0
 
-    def learning_rate_and_stop(step, *others):
-        # Called at the start of each step: the second process is told to stop in its fifth.
-        if stop and step == 4 and rank == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(step, *others)
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
 
-    train.learning_rate, models.build = learning_rate_and_stop, small
-    train.run(lambda: train.main([str(flag).replace("R", rank) for flag in flags]), "train.py")
+    def counted(*arguments, **named):
+        # From here on Python calls count.
+        sys.setprofile(count)
+        result = function(*arguments, **named)
+        sys.setprofile(None)
+        return result
+
+    setattr(train, part, counted)
+    models.build = small
+    train.run(lambda: train.main([str(flag) for flag in flags]), "train.py")
 
 
-def test_two_processes_stopped_and_resumed_equal_two_unbroken(forks, tiny, tmp_path):
+def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
     flags = [*tiny(), *"--epochs 2 --batch-size 4 --resume auto --out".split()]
-    two(forks, tmp_path, train_in_two, [*flags, tmp_path / "unbroken"])
-    stopped = [*flags, tmp_path / "shared"]
-    said = two(forks, tmp_path, train_in_two, stopped, True, code=128 + signal.SIGTERM)
-    # They agree every tenth step, of 16, on what to do.
-    assert "by step 10 of epoch 1" in said
+    outs = {name: [tmp_path / name] * 2 for name in ("unbroken", "shared")}
     # Of two machines without a shared folder the second has no checkpoint.
-    shutil.copytree(tmp_path / "shared", tmp_path / "of0")
-    two(forks, tmp_path, train_in_two, stopped)
-    two(forks, tmp_path, train_in_two, [*flags, tmp_path / "ofR"])
-    assert not (tmp_path / "of1").exists()
+    outs["apart"] = [tmp_path / "apart0", tmp_path / "apart1"]
+
+    def train_two(name, *stop, code=0):
+        first, second = environments_of_two()
+        in_forks(
+            functools.partial(train_small, first, [*flags, outs[name][0]]),
+            functools.partial(train_small, second, [*flags, outs[name][1]], *stop),
+            code=code,
+        )
+
+    train_two("unbroken")
+    # The second process gets the signal in its first step. Both stop after the tenth of 16, since
+    # they ask each other at every tenth.
+    train_two("shared", signal.SIGTERM, "train_step", 1, code=128 + signal.SIGTERM)
+    stopped = train.load_checkpoint(tmp_path / "shared/last.pt")
+    assert (stopped["epoch"], stopped["step"]) == (0, 10)
+    shutil.copytree(tmp_path / "shared", tmp_path / "apart0")
+    train_two("shared")
+    train_two("apart")
+    assert not (tmp_path / "apart1").exists()
     # Bit for bit, and loss and accuracy over both parts of the epoch.
-    for name in ("shared", "of0"):
+    for name in ("shared", "apart0"):
         assert same(weights(tmp_path / "unbroken/last.pt"), weights(tmp_path / name / "last.pt"))
         assert log(tmp_path / "unbroken") == log(tmp_path / name)
 
@@ -2422,54 +2413,25 @@ def test_how_processes_are_joined(monkeypatch):
 
 # ---- interruptions, bad input, long runs ---------------------------------------------------------
 
-
-def train_and_interrupt(flags, number, part, call):
-    """train.py on a small network, which gets the signal of that number at a moment in one of its
-    functions: the given call (or return) of whatever that function calls, over all its runs."""
-    function, calls = getattr(train, part), 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), number)
-
-    def counted(*arguments, **named):
-        sys.setprofile(count)
-        result = function(*arguments, **named)
-        sys.setprofile(None)
-        return result
-
-    setattr(train, part, counted)
-    models.build = small
-    train.run(lambda: train.main(flags), "train.py")
-
-
-# Functions of train.py and how many calls two or three steps, two or three checkpoints, one
-# evaluation and one log make. Counted in calls, because in seconds the moments and the progress
-# between two signals would depend on the machine.
-MOMENTS = {"train_step": 4000, "save": 20000, "evaluate": 1000, "write_log": 200}
+# Functions of train.py, and how many calls they make in three steps, in two or three checkpoints,
+# in one evaluation and for one log. In seconds it would depend on the machine how far runs get.
+CALLS = {"train_step": 4000, "save": 20000, "evaluate": 1000, "write_log": 200}
 
 
 @pytest.mark.parametrize("name, times", [("SIGKILL", 20), ("SIGTERM", 8)])
-def test_killed_runs_continue_bit_for_bit(
-    capsys, monkeypatch, forks, tiny, tmp_path, name, times
-):
+def test_killed_runs_continue_bit_for_bit(capsys, monkeypatch, tiny, tmp_path, name, times):
     # A checkpoint after every step.
     flags = [*tiny(), *"--batch-size 16 --epochs 12 --save-every 1e-9 --out".split()]
-    resumed = [*flags, str(tmp_path / "parts"), "--resume", "auto"]
+    resumed = [*flags, tmp_path / "parts", "--resume", "auto"]
     number, random = int(getattr(signal, name)), np.random.default_rng(0)
-    # SIGKILL ends the process where it is; after SIGTERM the step is finished first.
-    code = -number if name == "SIGKILL" else 128 + number
     for i in range(times):
-        part = list(MOMENTS)[i % len(MOMENTS)]
-        call = int(random.integers(1, MOMENTS[part]))
-        output = tmp_path / f"{i}.txt"
-        process = start(forks, output, train_and_interrupt, resumed, number, part, call)
-        process.join()
-        assert process.exitcode == code, output.read_text()
+        part = list(CALLS)[i % len(CALLS)]
+        moment = part, int(random.integers(1, CALLS[part]))
+        run = functools.partial(train_small, {}, resumed, number, *moment)
+        # SIGKILL ends the process where it is. After SIGTERM it saves first.
+        in_forks(run, code=-number if name == "SIGKILL" else 128 + number)
     monkeypatch.setattr(models, "build", small)
-    # Something is left to be done after the last signal.
+    # The last signal did not come too late: something was left to be trained.
     assert "epoch 12," in printed(capsys, train, *resumed)
     printed(capsys, train, *flags, tmp_path / "whole")
     assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "parts/last.pt"))
@@ -2557,26 +2519,11 @@ class Bomb:
         return os.system, ("touch must-not-run",)
 
 
-# Ways to spoil a file.
+def array(*shape, value=0, kind=np.uint8):
+    return lambda file: np.save(file, np.full(shape, value, kind))
 
 
-def cut(file):
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def replace_by_text(file):
-    file.write_text("something else")
-
-
-def replace_by_array(values):
-    return lambda file: np.save(file, values)
-
-
-def replace_by_best(file):
-    shutil.copy(file.parent / "best.pt", file)
-
-
-def change_entries(**new):
+def entries(**new):
     return lambda file: torch.save({**torch.load(file, weights_only=True), **new}, file)
 
 
@@ -2589,151 +2536,130 @@ def flip_a_bit(file):
 def make_a_weight_infinite(file):
     model = weights(file)
     model["blocks.3.conv2.0.weight"][0, 0, 0, 0] = float("inf")
-    change_entries(model=model)(file)
+    entries(model=model)(file)
 
 
-def rename_to_hens(folder):
-    folder.rename(folder.parent / "hens")
-
-
-def fill_the_disk(file):
-    # No file may grow beyond 50 kB, which is less than a checkpoint.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-
-
-# How a command line below begins: a new run, one on a folder of images, one that goes on.
-NEW = """--dataset cifar10 --data-dir {d}/data --recipe fast --width 4 --timesteps 2 --no-compile
---batch-size 8 --epochs 1 --workers 1 --out new"""
-COMMANDS = {
-    "new": NEW,
-    "tree": f"{NEW} --dataset folder --data-dir {{d}}/tree --batch-size 2",
-    "resume": "--resume {d}/run",
-    "train.py": "",
+# What is done to a file or folder in the table below.
+SPOIL = {
+    "cut off": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "text": lambda file: file.write_text("something else"),
+    "removed": lambda file: shutil.rmtree(file) if file.is_dir() else file.unlink(),
+    "renamed": lambda file: file.rename(file.parent / "hens"),
+    "best.pt": lambda file: shutil.copy(file.parent / "best.pt", file),
+    "planes first": array(64, 3, 32, 32),
+    "empty": array(0, 32, 32, 3),
+    "fractions": array(64, kind=np.float64),
+    "class 10": array(64, value=10),
+    "objects": array(64, value=Bomb(), kind=object),
+    "other format": entries(format="other"),
+    "code": entries(format=Bomb()),
+    "folded": entries(folded=True),
+    "a bit flipped": flip_a_bit,
+    "infinite": make_a_weight_infinite,
+    # No file may grow beyond 50 kB, less than a checkpoint.
+    "disk full": lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1)),
 }
-# Command lines, and what the line of the error says.
-BAD_FLAGS = """
-Numbers out of range:
-new --timesteps 0                    --timesteps: 0 is not at least 1 and below inf
-new --epochs 0                       --epochs: 0 is not at least 1 and below inf
-new --batch-size -8                  --batch-size: -8 is not at least 1 and below inf
-new --classes 1                      --classes: 1 is not at least 2 and below inf
-new --lr 0                           --lr: 0 is not above 0 and below inf
-new --lr nan                         --lr: nan is not above 0 and below inf
-new --lr inf                         --lr: inf is not above 0 and below inf
-new --weight-decay -1                --weight-decay: -1 is not at least 0 and below inf
-new --warmup 1                       --warmup: 1 is not at least 0 and below 1
-new --mixup -1                       --mixup: -1 is not at least 0 and below inf
-new --threshold 0                    --threshold: 0 is not above 0 and below inf
-new --tau 1                          --tau: 1 is not above 1 and below inf
-new --workers -1                     --workers: -1 is not at least 0 and below inf
-new --save-every 0                   --save-every: 0 is not above 0 and below inf
-new --label-smoothing 1              --label-smoothing: 1 is not at least 0 and below 1
-new --seed 9223372036854775808       --seed: 9223372036854775808 is not at least 0 and below
-
-Values that are no number or no choice:
-new --timesteps two                  --timesteps: invalid int value: 'two'
-new --width 1.5                      --width: invalid int value: '1.5'
-new --lr fast                        --lr: invalid float value: 'fast'
-new --arch alexnet                   --arch: invalid choice: 'alexnet'
-new --dataset mnist                  --dataset: invalid choice: 'mnist'
-new --optimizer lion                 --optimizer: invalid choice: 'lion'
-new --recipe best                    --recipe: invalid choice: 'best'
-new --compile all                    --compile: invalid choice: 'all'
-new --device gpu                     --device gpu cannot be used here
-new --resume=                        --resume: a name is needed
-
-A part of a flag's name is not taken for the flag:
-new --epoch 3                        unrecognized arguments: --epoch 3
-
-Flags that do not go together, with each other or with the data:
-train.py --resume auto               --resume auto needs --out DIR
-resume --out there                   leave --out out
-new --batch-size 65                  at most the 64 training images
-new --accumulate 3                   must divide by 1 processes x --accumulate 3
-new --classes 11                     --classes 11 is more than the 10 classes
-new --limit 65                       --limit 65 is more than the 64 training images
-new --arch spikformer --width 6      multiple of 4
-new --dataset nmnist                 nmnist
-
-Folders in which no run can be written, and a rate at which none can go on:
-new --out /proc/run                  cannot write a run into /proc/run
-new --out {long}                     File name too long
-new --lr 1e30 --warmup 0             NaN or infinite by step 8 of epoch 1
-
-A run goes on where it is, with its network and its data:
-train.py --resume nowhere            last.pt cannot be read
-resume --epochs 1                    is in epoch 2 already
-resume --arch resnet18               has --arch resnet19, not resnet18
-resume --timesteps 4                 has --timesteps 2, not 4
-resume --optimizer adamw             has --optimizer nesterov, not adamw
-resume --dataset shapes              has --dataset cifar10, not shapes
+# How a command in the table begins: a run on arrays, one on images, one that goes on, just flags.
+NEW = "--dataset cifar10 --data-dir {d}/data --recipe fast --width 4 --timesteps 2 --no-compile "
+NEW += "--batch-size 8 --epochs 1 --workers 1 --out new"
+TREE = NEW + " --dataset folder --data-dir {d}/tree --batch-size 2"
+COMMANDS = {"new": NEW, "tree": TREE, "resume": "--resume {d}/run", "flags": ""}
+# The command | file or folder: what is done to it | what the line of the error says.
+BAD_INPUT = """
+# A part of a flag's name is not taken for the flag, and a device may not be there.
+flags --epoch 3                 || unrecognized arguments: --epoch 3
+new --device gpu                || --device gpu cannot be used here
+# Flags that do not go together.
+flags --resume auto             || --resume auto needs --out DIR
+resume --out there              || leave --out out
+new --resume=                   || a name is needed
+# Flags that do not fit the data or the network.
+new --batch-size 65             || at most the 64 training images
+new --accumulate 3              || must divide by 1 processes x --accumulate 3
+new --classes 11                || --classes 11 is more than the 10 classes
+new --limit 65                  || --limit 65 is more than the 64 training images
+new --arch spikformer --width 6 || multiple of 4
+# Folders that cannot be written, and one that holds a run.
+new --out /proc/run             || cannot write a run into /proc/run
+new --out {long}                || File name too long
+new --out {d}/run               | run/last.pt: removed | holds a run (best.pt, log.csv)
+# Data that are missing or something else.
+new --dataset nmnist            || nmnist
+new | data/cifar10/train_images.npy: planes first | must be uint8 [N, 32, 32, 3]
+new | data/cifar10/train_images.npy: empty        | N > 0
+new | data/cifar10/train_images.npy: cut off      | no readable .npy
+new | data/cifar10/train_labels.npy: fractions    | must hold 64 whole numbers
+new | data/cifar10/train_labels.npy: class 10     | whole numbers from 0 to 9
+new | data/cifar10/train_labels.npy: objects      | no readable .npy
+tree                  | tree/val/dogs: renamed     | ['dogs', 'hens']
+tree                  | tree/val: removed          | no folder test or val
+tree                  | tree/val/dogs/0.png: cut off | 0.png: not a readable image
+# Images of this size are read during the training, by another process.
+tree --image-size 112 | tree/train/cats/0.png: text | 0.png: not a readable image
+# Checkpoints that are missing, cut off, of something else, or would run code.
+flags --resume nowhere || last.pt cannot be read
+resume | run/last.pt: cut off       | it may be truncated
+resume | run/last.pt: text          | it may be truncated, or no checkpoint of train.py
+resume | run/last.pt: other format  | is no checkpoint of train.py
+resume | run/last.pt: code          | last.pt cannot be read
+resume | run/last.pt: a bit flipped | its checksums do not fit
+resume | run/last.pt: folded        | or folded: for evaluation only
+resume | run/last.pt: best.pt       | is a best.pt or folded: for evaluation only
+# A run goes on where it is, with its network and data.
+resume --epochs 1         || is in epoch 2 already
+resume --arch resnet18    || has --arch resnet19, not resnet18
+resume --timesteps 4      || has --timesteps 2, not 4
+resume --optimizer adamw  || has --optimizer nesterov, not adamw
+resume --dataset shapes   || has --dataset cifar10, not shapes
+# Runs that fail on the way.
+new --lr 1e30 --warmup 0  || NaN or infinite by step 8 of epoch 1
+resume --epochs 3 | run/last.pt: infinite | such values: blocks.3.conv2.0 (Conv2d)
+resume --epochs 3 | run: disk full        | cannot write
 """
-NO_IMAGES = np.zeros((0, 32, 32, 3), np.uint8)
-PLANES_FIRST = np.zeros((64, 3, 32, 32), np.uint8)
-IMAGES, LABELS = "data/cifar10/train_images.npy", "data/cifar10/train_labels.npy"
-CHECKPOINT, PICTURE = "run/last.pt", "tree/val/dogs/0.png"
-# Command lines, a file or folder, how it is spoilt, and what the line of the error says.
-BAD_FILES = [
-    # Arrays that are cut off or hold something else.
-    ("new", IMAGES, replace_by_array(PLANES_FIRST), "must be uint8 [N, 32, 32, 3]"),
-    ("new", IMAGES, replace_by_array(NO_IMAGES), "N > 0"),
-    ("new", IMAGES, cut, "no readable .npy"),
-    ("new", LABELS, replace_by_array(np.zeros(64)), "must hold 64 whole numbers"),
-    ("new", LABELS, replace_by_array(np.full(64, 10)), "whole numbers from 0 to 9"),
-    ("new", LABELS, replace_by_array(np.full(64, Bomb())), "no readable .npy"),
-    # Folders of images.
-    ("tree", "tree/val/dogs", rename_to_hens, "['dogs', 'hens']"),
-    ("tree", "tree/val", shutil.rmtree, "no folder test or val"),
-    ("tree", PICTURE, cut, "0.png: not a readable image"),
-    # Images of this size are read while training, by other processes.
-    ("tree --image-size 112", "tree/train/cats/0.png", replace_by_text, "not a readable image"),
-    # Checkpoints that are cut off, of something else, or would run code.
-    ("resume", CHECKPOINT, cut, "it may be truncated"),
-    ("resume", CHECKPOINT, replace_by_text, "it may be truncated, or no checkpoint of train.py"),
-    ("resume", CHECKPOINT, change_entries(format="other"), "is no checkpoint of train.py"),
-    ("resume", CHECKPOINT, change_entries(format=Bomb()), "last.pt cannot be read"),
-    ("resume", CHECKPOINT, flip_a_bit, "its checksums do not fit"),
-    ("resume", CHECKPOINT, change_entries(folded=True), "or folded: for evaluation only"),
-    ("resume", CHECKPOINT, replace_by_best, "is a best.pt or folded: for evaluation only"),
-    # A run that cannot go on, and one that must not be replaced.
-    ("resume --epochs 3", CHECKPOINT, make_a_weight_infinite, "blocks.3.conv2.0 (Conv2d)"),
-    ("resume --epochs 3", "run", fill_the_disk, "cannot write"),
-    ("new --out {d}/run", CHECKPOINT, os.unlink, "holds a run (best.pt, log.csv)"),
-]
-for line in BAD_FLAGS.splitlines():
-    # Lines of one column are headings.
-    command, *expected = line.split("   ", 1)
-    if expected:
-        BAD_FILES.append((command, None, None, expected[0].strip()))
+# What argparse says of a flag's value, and the flags with such values.
+BAD_VALUES = {
+    "{} is not at least 1": "--timesteps 0, --epochs 0, --batch-size -8",
+    "{} is not at least 2": "--classes 1",
+    "{} is not at least 0": "--weight-decay -1, --mixup -1, --workers -1",
+    "{} is not at least 0 and below 1": "--warmup 1, --label-smoothing 1",
+    "{0} is not at least 0 and below {0}": "--seed 9223372036854775808",
+    "{} is not above 0": "--lr 0, --lr nan, --lr inf, --threshold 0, --save-every 0",
+    "{} is not above 1": "--tau 1",
+    "invalid int value: '{}'": "--timesteps two, --width 1.5",
+    "invalid float value: '{}'": "--lr fast",
+    "invalid choice: '{}'": "--arch alexnet, --dataset mnist, --optimizer lion, --recipe best, "
+    "--compile all",
+}
+ROWS = [row for row in BAD_INPUT.splitlines() if "|" in row]
+for message, flags in BAD_VALUES.items():
+    for flag in flags.split(", "):
+        name, value = flag.split()
+        ROWS.append(f"flags {flag} || argument {name}: {message.format(value)}")
 
 
 @pytest.fixture(scope="module")
-def run_and_data(forks, tmp_path_factory):
+def run_and_data(tmp_path_factory):
     """A folder with arrays, a tree of images, and a run of two epochs on the arrays."""
     folder = tmp_path_factory.mktemp("bad")
     image_tree(folder / "tree", n=1, modes=("RGB", "L"))
     flags = [*tiny_run(folder), "--epochs", "2", "--out", str(folder / "run")]
-    # In a process of its own, because a run sets handlers of signals.
-    process = start(forks, folder / "printed.txt", train.main, flags)
-    process.join()
-    assert process.exitcode == 0, (folder / "printed.txt").read_text()
+    in_forks(functools.partial(train.main, flags))
     return folder
 
 
-@pytest.mark.parametrize("command, file, spoil, expected", BAD_FILES)
-def test_bad_input_is_one_line(
-    capsys, monkeypatch, run_and_data, tmp_path, command, file, spoil, expected
-):
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input_is_one_line(capsys, monkeypatch, run_and_data, tmp_path, row):
+    command, spoilt, expected = (column.strip() for column in row.split("|"))
     monkeypatch.chdir(tmp_path)
     d = shutil.copytree(run_and_data, tmp_path / "d")
-    if file:
-        spoil(d / file)
+    if spoilt:
+        file, how = spoilt.split(": ")
+        SPOIL[how](d / file)
     # The log alone is written anew where a run goes on.
     files = [file for file in d.rglob("*.*") if file.is_file() and file.name != "log.csv"]
     before = [file.read_bytes() for file in files]
-    first, _, flags = command.partition(" ")
-    command = f"{COMMANDS[first]} {flags}".format(d=d, long=300 * "a")
-    fails(capsys, train, command.split(), expected)
+    beginning, *flags = command.format(d=d, long=300 * "a").split()
+    fails(capsys, train, [*COMMANDS[beginning].format(d=d).split(), *flags], expected)
     # What was there is unchanged, no half of a file is left, and no code was run.
     assert [file.read_bytes() for file in files] == before
     assert not list(tmp_path.rglob(".*")) and not os.path.exists("must-not-run")
@@ -2749,6 +2675,7 @@ def test_memory_does_not_grow_over_2000_steps(request, mode):
         optimizer.zero_grad()
         F.cross_entropy(model(x).mean(0), y).backward()
         optimizer.step()
-        # Pages in memory, of 4 KiB.
+        # The second number is the program's pages in memory, of 4 KiB.
         used.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    # The first hundred steps may fill caches.
     assert np.mean(used[-100:]) - np.mean(used[100:200]) < 8 * 2**20
