@@ -2241,9 +2241,9 @@ FORKS.set_forkserver_preload([__name__])
 os.environ["PYTHONPATH"] = str(HERE)
 
 
-def in_forks(*functions, code=0):
-    """Call all functions at once, each in a process of its own, which must exit with code."""
-    processes = [FORKS.Process(target=function) for function in functions]
+def in_forks(*calls, code=0):
+    """Make calls (function, arguments ...) at once, each in a process that must exit with code."""
+    processes = [FORKS.Process(target=function, args=arguments) for function, *arguments in calls]
     for process in processes:
         process.start()
     for process in processes:
@@ -2304,10 +2304,12 @@ def train_five_steps(environment, arch, fused, file):
 )
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, arch, fused):
     files = tmp_path / "alone.pt", tmp_path / "together.pt"
-    runs = [functools.partial(train_five_steps, {}, arch, "plain", files[0])]
-    for environment in environments_of_two():
-        runs.append(functools.partial(train_five_steps, environment, arch, fused, files[1]))
-    in_forks(*runs)
+    first, second = environments_of_two()
+    in_forks(
+        (train_five_steps, {}, arch, "plain", files[0]),
+        (train_five_steps, first, arch, fused, files[1]),
+        (train_five_steps, second, arch, fused, files[1]),
+    )
     alone, together = (torch.load(file, weights_only=True) for file in files)
     # There are mean potentials, which processes have to add up.
     assert any(v.abs() > 1e-3 for name, v in alone.items() if name.endswith("v_init"))
@@ -2330,16 +2332,14 @@ def test_torchrun_trains_and_counts_every_test_image_once(tiny, tmp_path):
 def test_a_mistake_that_the_first_process_finds_ends_both(tiny, tmp_path):
     (tmp_path / "last.pt").touch()
     command = [sys.executable, "train.py", *tiny(), "--out", tmp_path]
-    # Not forks, of which multiprocessing leaves out the end of the interpreter.
-    both = [
-        subprocess.Popen(
-            command, cwd=HERE, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
-        )
-        for environment in environments_of_two()
-    ]
+    how = dict(cwd=HERE, stderr=subprocess.PIPE, text=True)
+    both = []
+    for environment in environments_of_two():
+        # Not a fork, of which multiprocessing leaves out the end of the interpreter.
+        both.append(subprocess.Popen(command, env={**os.environ, **environment}, **how))
     for process in both:
         error = process.communicate(timeout=600)[1]
-        # One line, without what Python or a thread says that ends badly.
+        # One line, and nothing else that Python or a thread says of a bad end.
         assert process.returncode == 2 and error.count("\n") == 1, error
         assert "holds a run (last.pt)" in error
 
@@ -2370,27 +2370,26 @@ def train_small(environment, flags, number=0, part="train_step", call=0):
 
 def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
     flags = [*tiny(), *"--epochs 2 --batch-size 4 --resume auto --out".split()]
-    outs = {name: [tmp_path / name] * 2 for name in ("unbroken", "shared")}
-    # Of two machines without a shared folder the second has no checkpoint.
-    outs["apart"] = [tmp_path / "apart0", tmp_path / "apart1"]
 
-    def train_two(name, *stop, code=0):
+    def train_two(first_out, second_out, *stop, code=0):
         first, second = environments_of_two()
         in_forks(
-            functools.partial(train_small, first, [*flags, outs[name][0]]),
-            functools.partial(train_small, second, [*flags, outs[name][1]], *stop),
+            (train_small, first, [*flags, tmp_path / first_out]),
+            (train_small, second, [*flags, tmp_path / second_out], *stop),
             code=code,
         )
 
-    train_two("unbroken")
+    train_two("unbroken", "unbroken")
     # The second process gets the signal in its first step. Both stop after the tenth of 16, since
     # they ask each other at every tenth.
-    train_two("shared", signal.SIGTERM, "train_step", 1, code=128 + signal.SIGTERM)
+    stop = signal.SIGTERM, "train_step", 1
+    train_two("shared", "shared", *stop, code=128 + signal.SIGTERM)
     stopped = train.load_checkpoint(tmp_path / "shared/last.pt")
     assert (stopped["epoch"], stopped["step"]) == (0, 10)
+    # Of two machines without a shared folder the second has no checkpoint.
     shutil.copytree(tmp_path / "shared", tmp_path / "apart0")
-    train_two("shared")
-    train_two("apart")
+    train_two("shared", "shared")
+    train_two("apart0", "apart1")
     assert not (tmp_path / "apart1").exists()
     # Bit for bit, and loss and accuracy over both parts of the epoch.
     for name in ("shared", "apart0"):
@@ -2427,9 +2426,9 @@ def test_killed_runs_continue_bit_for_bit(capsys, monkeypatch, tiny, tmp_path, n
     for i in range(times):
         part = list(CALLS)[i % len(CALLS)]
         moment = part, int(random.integers(1, CALLS[part]))
-        run = functools.partial(train_small, {}, resumed, number, *moment)
         # SIGKILL ends the process where it is. After SIGTERM it saves first.
-        in_forks(run, code=-number if name == "SIGKILL" else 128 + number)
+        code = -number if name == "SIGKILL" else 128 + number
+        in_forks((train_small, {}, resumed, number, *moment), code=code)
     monkeypatch.setattr(models, "build", small)
     # The last signal did not come too late: something was left to be trained.
     assert "epoch 12," in printed(capsys, train, *resumed)
@@ -2564,10 +2563,25 @@ NEW = "--dataset cifar10 --data-dir {d}/data --recipe fast --width 4 --timesteps
 NEW += "--batch-size 8 --epochs 1 --workers 1 --out new"
 TREE = NEW + " --dataset folder --data-dir {d}/tree --batch-size 2"
 COMMANDS = {"new": NEW, "tree": TREE, "resume": "--resume {d}/run", "flags": ""}
-# The command | file or folder: what is done to it | what the line of the error says.
+# The command | file or folder: what is done to it | what the line of the error says. Several
+# commands of one beginning are separated by commas.
 BAD_INPUT = """
+# Values out of range, of another kind, or of no choice.
+new --timesteps 0, --epochs 0, --batch-size -8        || is not at least 1 and below inf
+new --classes 1                                       || 1 is not at least 2 and below inf
+new --weight-decay -1, --mixup -1, --workers -1       || -1 is not at least 0 and below inf
+new --seed 9223372036854775808                        || is not at least 0 and below 9223372
+new --warmup 1, --label-smoothing 1                   || 1 is not at least 0 and below 1
+new --lr 0, --threshold 0, --save-every 0             || 0 is not above 0 and below inf
+new --lr nan                                          || nan is not above 0
+new --lr inf                                          || inf is not above 0 and below inf
+new --tau 1                                           || 1 is not above 1 and below inf
+new --timesteps two, --width 1.5                      || invalid int value: '
+new --lr fast                                         || invalid float value: 'fast'
+new --arch alexnet, --dataset mnist, --optimizer lion || invalid choice: '
+new --recipe best, --compile all                      || invalid choice: '
 # A part of a flag's name is not taken for the flag, and a device may not be there.
-flags --epoch 3                 || unrecognized arguments: --epoch 3
+new --epoch 3                 || unrecognized arguments: --epoch 3
 new --device gpu                || --device gpu cannot be used here
 # Flags that do not go together.
 flags --resume auto             || --resume auto needs --out DIR
@@ -2598,8 +2612,7 @@ tree                  | tree/val/dogs/0.png: cut off | 0.png: not a readable ima
 tree --image-size 112 | tree/train/cats/0.png: text | 0.png: not a readable image
 # Checkpoints that are missing, cut off, of something else, or would run code.
 flags --resume nowhere || last.pt cannot be read
-resume | run/last.pt: cut off       | it may be truncated
-resume | run/last.pt: text          | it may be truncated, or no checkpoint of train.py
+resume | run/last.pt: cut off       | it may be truncated, or no checkpoint of train.py
 resume | run/last.pt: other format  | is no checkpoint of train.py
 resume | run/last.pt: code          | last.pt cannot be read
 resume | run/last.pt: a bit flipped | its checksums do not fit
@@ -2608,7 +2621,6 @@ resume | run/last.pt: best.pt       | is a best.pt or folded: for evaluation onl
 # A run goes on where it is, with its network and data.
 resume --epochs 1         || is in epoch 2 already
 resume --arch resnet18    || has --arch resnet19, not resnet18
-resume --timesteps 4      || has --timesteps 2, not 4
 resume --optimizer adamw  || has --optimizer nesterov, not adamw
 resume --dataset shapes   || has --dataset cifar10, not shapes
 # Runs that fail on the way.
@@ -2616,25 +2628,7 @@ new --lr 1e30 --warmup 0  || NaN or infinite by step 8 of epoch 1
 resume --epochs 3 | run/last.pt: infinite | such values: blocks.3.conv2.0 (Conv2d)
 resume --epochs 3 | run: disk full        | cannot write
 """
-# What argparse says of a flag's value, and the flags with such values.
-BAD_VALUES = {
-    "{} is not at least 1": "--timesteps 0, --epochs 0, --batch-size -8",
-    "{} is not at least 2": "--classes 1",
-    "{} is not at least 0": "--weight-decay -1, --mixup -1, --workers -1",
-    "{} is not at least 0 and below 1": "--warmup 1, --label-smoothing 1",
-    "{0} is not at least 0 and below {0}": "--seed 9223372036854775808",
-    "{} is not above 0": "--lr 0, --lr nan, --lr inf, --threshold 0, --save-every 0",
-    "{} is not above 1": "--tau 1",
-    "invalid int value: '{}'": "--timesteps two, --width 1.5",
-    "invalid float value: '{}'": "--lr fast",
-    "invalid choice: '{}'": "--arch alexnet, --dataset mnist, --optimizer lion, --recipe best, "
-    "--compile all",
-}
 ROWS = [row for row in BAD_INPUT.splitlines() if "|" in row]
-for message, flags in BAD_VALUES.items():
-    for flag in flags.split(", "):
-        name, value = flag.split()
-        ROWS.append(f"flags {flag} || argument {name}: {message.format(value)}")
 
 
 @pytest.fixture(scope="module")
@@ -2643,7 +2637,7 @@ def run_and_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     image_tree(folder / "tree", n=1, modes=("RGB", "L"))
     flags = [*tiny_run(folder), "--epochs", "2", "--out", str(folder / "run")]
-    in_forks(functools.partial(train.main, flags))
+    in_forks((train.main, flags))
     return folder
 
 
@@ -2658,8 +2652,10 @@ def test_bad_input_is_one_line(capsys, monkeypatch, run_and_data, tmp_path, row)
     # The log alone is written anew where a run goes on.
     files = [file for file in d.rglob("*.*") if file.is_file() and file.name != "log.csv"]
     before = [file.read_bytes() for file in files]
-    beginning, *flags = command.format(d=d, long=300 * "a").split()
-    fails(capsys, train, [*COMMANDS[beginning].format(d=d).split(), *flags], expected)
+    beginning, _, endings = command.partition(" ")
+    for ending in endings.split(", "):
+        flags = f"{COMMANDS[beginning]} {ending}".format(d=d, long=300 * "a")
+        fails(capsys, train, flags.split(), expected)
     # What was there is unchanged, no half of a file is left, and no code was run.
     assert [file.read_bytes() for file in files] == before
     assert not list(tmp_path.rglob(".*")) and not os.path.exists("must-not-run")
