@@ -2369,7 +2369,9 @@ def train_small(environment, flags, number=0, part="train_step", call=0):
 
 
 def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
-    flags = [*tiny(), *"--epochs 2 --batch-size 4 --resume auto --out".split()]
+    # They ask each other at every tenth of 16 steps, and then save as well.
+    flags = "--epochs 2 --batch-size 4 --save-every 1e-9 --resume auto --out"
+    flags = [*tiny(), *flags.split()]
 
     def train_two(first_out, second_out, *stop, code=0):
         first, second = environments_of_two()
@@ -2380,8 +2382,7 @@ def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
         )
 
     train_two("unbroken", "unbroken")
-    # The second process gets the signal in its first step. Both stop after the tenth of 16, since
-    # they ask each other at every tenth.
+    # The second process gets the signal in its first step. Both stop after the tenth.
     stop = signal.SIGTERM, "train_step", 1
     train_two("shared", "shared", *stop, code=128 + signal.SIGTERM)
     stopped = train.load_checkpoint(tmp_path / "shared/last.pt")
