@@ -2164,121 +2164,166 @@ def test_mistakes_are_said_before_the_work(monkeypatch, capsys, arguments, messa
 
 # ---- several processes ---------------------------------------------------------------------------
 
-def two(*arguments, code=0):
-    """Run a program in two processes, as torchrun starts them. Both must exit with code."""
+# Processes are forks of one that has imported everything, which saves each of them the seconds
+# that importing torch takes. That one has to find this file, wherever pytest was started.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+os.environ["PYTHONPATH"] = str(HERE)
+
+
+def in_forks(*calls, code=0):
+    """Make calls (function, arguments ...) at once, each in a process that must exit with code."""
+    processes = [FORKS.Process(target=function, args=arguments) for function, *arguments in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+        # One that waits for another would outlive the tests.
+        process.kill()
+    assert [process.exitcode for process in processes] == [code] * len(processes)
+
+
+def environments_of_two():
+    """What torchrun tells each of two processes in its environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS="1", WORLD_SIZE="2")
-    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    command = [sys.executable, *map(str, arguments)]
-    how = dict(cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    both = [subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, **how)
-            for rank in "01"]
-    said = [process.communicate(timeout=600) for process in both]
-    errors = "".join(error for _, error in said)
-    assert [process.returncode for process in both] == [code] * 2, errors
-    # "terminate called": threads of a process group that outlive the interpreter say that.
-    assert "Traceback" not in errors and "terminate" not in errors, errors
-    return said[0][0]
+    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [dict(common, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
 
 
-# The same five steps, alone with whole batches and as two processes with half of each.
-EQUAL = """
-import os, sys, torch, torch.distributed as dist, torch.nn.functional as F, models, neuron
-from torch.nn.parallel import DistributedDataParallel
-file, arch, fused = sys.argv[1:]
-def train(rank, world, fused):
+def train_five_steps(environment, arch, fused, file):
+    """Train on this process's part of five batches, and save the state of the network."""
+    os.environ.update(environment)
+    # Whatever is to be fused is fused however small it is.
     neuron.COMPILE, neuron.CPU_COMPILE_FROM = fused != "plain", 0
+    processes = train.Processes("cpu")
     torch.manual_seed(0)
-    small = models.ResNet(models.Block, [(8, 1, 1)], 10, 2, 3, 4, {})
-    model = small if arch == "small" else models.build(arch, 10, 2, width=4)
-    model = model.double().train()
-    for m in model.modules():
-        if isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
-            m.eval()  # running statistics; affine parameters still train
-            torch.nn.init.constant_(m.weight, 2.0)
+    small_resnet = models.ResNet(models.Block, [(8, 1, 1)], 10, 2, 3, 4, {})
+    model = small_resnet if arch == "small" else models.build(arch, 10, 2, width=4)
+    model.double().train()
+    for layer in model.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            # Half a batch has other statistics than the whole: the running ones are used, while
+            # weights still train. They start at 2 for many spikes.
+            layer.eval()
+            nn.init.constant_(layer.weight, 2.0)
     if fused == "network":
         models.compile_model(model)
-    trained = DistributedDataParallel(model) if world > 1 else model
+    trained = model if processes.world == 1 else train.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for step in range(5):
-        g = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 3, 32, 32, generator=g, dtype=torch.float64)
-        y = torch.randint(0, 10, (8,), generator=g)
-        loss = F.cross_entropy(trained(x[rank::world]).mean(0), y[rank::world])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        x = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 10, (8,), generator=generator)
+        part = slice(processes.rank, None, processes.world)
+        loss = F.cross_entropy(trained(x[part]).mean(0), y[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.state_dict()
-rank = int(os.environ["RANK"])
-alone = train(0, 1, "plain") if rank == 0 else None
-dist.init_process_group("gloo")
-together = train(rank, 2, fused)
-assert not neuron.FAILED
-if rank == 0:
-    torch.save((alone, together), file)
-dist.barrier()
-os._exit(0)
-"""
+    # No layer ran unfused because compiling it failed.
+    assert not neuron.FAILED
+    if processes.rank == 0:
+        torch.save(model.state_dict(), file)
+    processes.leave(0)
 
 
-@pytest.mark.parametrize("arch, fused", [("resnet19", "plain"), ("resnet19", "neurons"),
-                                         ("small", "network"), ("spikformer", "plain")])
+@pytest.mark.parametrize(
+    "arch, fused",
+    [("resnet19", "plain"), ("spikformer", "plain"), ("small", "neurons"), ("small", "network")],
+)
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, arch, fused):
-    (tmp_path / "program.py").write_text(EQUAL)
-    two(tmp_path / "program.py", tmp_path / "both.pt", arch, fused)
-    alone, together = torch.load(tmp_path / "both.pt", weights_only=True)
+    files = tmp_path / "alone.pt", tmp_path / "together.pt"
+    first, second = environments_of_two()
+    in_forks(
+        (train_five_steps, {}, arch, "plain", files[0]),
+        (train_five_steps, first, arch, fused, files[1]),
+        (train_five_steps, second, arch, fused, files[1]),
+    )
+    alone, together = (torch.load(file, weights_only=True) for file in files)
+    # There are mean potentials, which processes have to add up.
     assert any(v.abs() > 1e-3 for name, v in alone.items() if name.endswith("v_init"))
     for name, value in alone.items():
         torch.testing.assert_close(value, together[name], rtol=1e-8, atol=1e-8, msg=name)
 
 
 def test_torchrun_trains_and_counts_every_test_image_once(tiny, tmp_path):
-    # 17 test images do not divide by two processes.
-    flags = [*tiny(17), "--epochs", 2, "--out", tmp_path / "two"]
-    python(*"-m torch.distributed.run --standalone --nproc_per_node 2 train.py".split(), *flags)
-    model = train.build_network(train.load_checkpoint(tmp_path / "two/last.pt"))
+    # 17 test images do not divide by two. Threads of compiled neurons and of the connection must
+    # not crash an interpreter that ends, for which torchrun would exit with 1.
+    flags = [*tiny(17), *"--epochs 1 --limit 16 --compile neurons --out".split(), tmp_path / "run"]
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 train.py"
+    assert "done: best" in python(*torchrun.split(), *flags)
+    model = train.build_network(train.load_checkpoint(tmp_path / "run/last.pt"))
     result = train.evaluate(model, data.load("cifar10", tmp_path / "data").to("cpu").test(5))
     assert result["images"] == 17
-    assert log(tmp_path / "two")[-1][-2:] == [f"{share:.5f}" for share in result["top1_at"]]
+    assert log(tmp_path / "run")[-1][-2:] == [f"{share:.5f}" for share in result["top1_at"]]
 
 
-def test_two_processes_end_cleanly(tiny, tmp_path):
-    flags = [*tiny(), "--epochs", 1, "--limit", 16, "--compile", "neurons"]
-    assert "done: best" in two("train.py", *flags, "--out", tmp_path / "run")
-    # So they do when the first of them finds a mistake: there is a run in that folder.
-    two("train.py", *flags, "--out", tmp_path / "run", code=2)
+def test_a_mistake_that_the_first_process_finds_ends_both(tiny, tmp_path):
+    (tmp_path / "last.pt").touch()
+    command = [sys.executable, "train.py", *tiny(), "--out", tmp_path]
+    how = dict(cwd=HERE, stderr=subprocess.PIPE, text=True)
+    both = []
+    for environment in environments_of_two():
+        # Not a fork, of which multiprocessing leaves out the end of the interpreter.
+        both.append(subprocess.Popen(command, env={**os.environ, **environment}, **how))
+    for process in both:
+        error = process.communicate(timeout=600)[1]
+        # One line, and nothing else that Python or a thread says of a bad end.
+        assert process.returncode == 2 and error.count("\n") == 1, error
+        assert "holds a run (last.pt)" in error
 
 
-# train.py; an R in a flag is the process's rank. With STOP set the second process gets SIGTERM in
-# its fifth step: both are to stop after the tenth of 16.
-PROGRAM = """
-import os, signal, sys, train
-rank, rate = os.environ["RANK"], train.learning_rate
-def stopping(step, *others):
-    if step == 4 and rank == "1" and sys.argv[1] == "stop":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return rate(step, *others)
-train.learning_rate = stopping
-train.run(lambda: train.main([flag.replace("R", rank) for flag in sys.argv[2:]]), "train.py")
-"""
+def train_small(environment, flags, number=0, part="train_step", call=0):
+    """train.py on a small network. It gets the signal of that number in its function part: at that
+    call (or return) of whatever the function calls, counted over all its runs. 0: at none."""
+    os.environ.update(environment)
+    function, calls = getattr(train, part), 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+
+    def counted(*arguments, **named):
+        # From here on Python calls count.
+        sys.setprofile(count)
+        result = function(*arguments, **named)
+        sys.setprofile(None)
+        return result
+
+    setattr(train, part, counted)
+    models.build = small
+    train.run(lambda: train.main([str(flag) for flag in flags]), "train.py")
 
 
 def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
-    flags = [*tiny(), *"--epochs 2 --batch-size 4 --resume auto --out".split()]
-    program, shared = tmp_path / "program.py", tmp_path / "shared"
-    program.write_text(PROGRAM)
-    two(program, "go", *flags, tmp_path / "unbroken")
-    said = two(program, "stop", *flags, shared, code=128 + signal.SIGTERM)
-    assert "by step 10 of epoch 1" in said
+    # They ask each other at every tenth of 16 steps, and then save as well.
+    flags = "--epochs 2 --batch-size 4 --save-every 1e-9 --resume auto --out"
+    flags = [*tiny(), *flags.split()]
+
+    def train_two(first_out, second_out, *stop, code=0):
+        first, second = environments_of_two()
+        in_forks(
+            (train_small, first, [*flags, tmp_path / first_out]),
+            (train_small, second, [*flags, tmp_path / second_out], *stop),
+            code=code,
+        )
+
+    train_two("unbroken", "unbroken")
+    # The second process gets the signal in its first step. Both stop after the tenth.
+    stop = signal.SIGTERM, "train_step", 1
+    train_two("shared", "shared", *stop, code=128 + signal.SIGTERM)
+    stopped = train.load_checkpoint(tmp_path / "shared/last.pt")
+    assert (stopped["epoch"], stopped["step"]) == (0, 10)
     # Of two machines without a shared folder the second has no checkpoint.
-    shutil.copytree(shared, tmp_path / "of0")
-    two(program, "go", *flags, shared)
-    two(program, "go", *flags, tmp_path / "ofR")
-    assert not (tmp_path / "of1").exists()
+    shutil.copytree(tmp_path / "shared", tmp_path / "apart0")
+    train_two("shared", "shared")
+    train_two("apart0", "apart1")
+    assert not (tmp_path / "apart1").exists()
     # Bit for bit, and loss and accuracy over both parts of the epoch.
-    for name in ("shared", "of0"):
+    for name in ("shared", "apart0"):
         assert same(weights(tmp_path / "unbroken/last.pt"), weights(tmp_path / name / "last.pt"))
         assert log(tmp_path / "unbroken") == log(tmp_path / name)
 
@@ -2298,49 +2343,27 @@ def test_how_processes_are_joined(monkeypatch):
 
 # ---- interruptions, bad input, long runs ---------------------------------------------------------
 
-# Starts training runs as forks of one process that has imported everything. Each gets a signal at
-# a random moment of one of its first steps: counted in steps, so that it does not depend on the
-# machine's speed how many are interrupted.
-INTERRUPTED = """
-import os, random, signal, sys, threading, time, train
-number, times, flags = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-rate, sent = train.learning_rate, 0
-random.seed(0)
-def interrupt(calls, part):
-    last = time.perf_counter()
-    def learning_rate(*arguments):  # called at the start of every step
-        nonlocal calls, last
-        now = time.perf_counter()
-        if calls == 0:
-            wait = part * min(now - last, 0.02)
-            threading.Timer(wait, os.kill, (os.getpid(), number)).start()
-        calls, last = calls - 1, now
-        return rate(*arguments)
-    train.learning_rate = learning_rate
-while True:
-    calls, part = random.randrange(3), random.random()
-    child = os.fork()
-    if child == 0:
-        if sent < times:
-            interrupt(calls, part)
-        train.run(lambda: train.main(flags), "train.py")
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code == 0:
-        break
-    assert code in (-number, 128 + number), code
-    sent += 1
-print("signals", sent)
-"""
+# Functions of train.py, and how many calls they make in three steps, in two or three checkpoints,
+# in one evaluation and for one log. In seconds it would depend on the machine how far runs get.
+CALLS = {"train_step": 4000, "save": 20000, "evaluate": 1000, "write_log": 200}
 
 
-@pytest.mark.parametrize("name, times, epochs", [("SIGKILL", 20, 8), ("SIGTERM", 8, 5)])
-def test_killed_runs_continue_bit_for_bit(capsys, tiny, tmp_path, name, times, epochs):
-    # A checkpoint every 30 ms: kills fall into writing, too.
-    flags = [*tiny(), "--save-every", 0.0005, "--epochs", epochs, "--out"]
+@pytest.mark.parametrize("name, times", [("SIGKILL", 20), ("SIGTERM", 8)])
+def test_killed_runs_continue_bit_for_bit(capsys, monkeypatch, tiny, tmp_path, name, times):
+    # A checkpoint after every step.
+    flags = [*tiny(), *"--batch-size 16 --epochs 12 --save-every 1e-9 --out".split()]
+    resumed = [*flags, tmp_path / "parts", "--resume", "auto"]
+    number, random = int(getattr(signal, name)), np.random.default_rng(0)
+    for i in range(times):
+        part = list(CALLS)[i % len(CALLS)]
+        moment = part, int(random.integers(1, CALLS[part]))
+        # SIGKILL ends the process where it is. After SIGTERM it saves first.
+        code = -number if name == "SIGKILL" else 128 + number
+        in_forks((train_small, {}, resumed, number, *moment), code=code)
+    monkeypatch.setattr(models, "build", small)
+    # The last signal did not come too late: something was left to be trained.
+    assert "epoch 12," in printed(capsys, train, *resumed)
     printed(capsys, train, *flags, tmp_path / "whole")
-    (tmp_path / "program.py").write_text(INTERRUPTED)
-    arguments = int(getattr(signal, name)), times, *flags, tmp_path / "parts", "--resume", "auto"
-    assert python(tmp_path / "program.py", *arguments).split()[-1] == str(times)
     assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "parts/last.pt"))
     assert log(tmp_path / "whole") == log(tmp_path / "parts")
 
@@ -2350,8 +2373,8 @@ def test_a_run_of_a_gpu_continues_whatever_its_memory_format(capsys, tiny, tmp_p
     flags = [*tiny(), "--optimizer", optimizer, "--lr", 0.01, "--epochs", 1]
     printed(capsys, train, *flags, "--out", tmp_path / "cpu")
     shutil.copytree(tmp_path / "cpu", tmp_path / "gpu")
+    # On a GPU weights, and with them what the optimizer keeps of them, are channels_last.
     saved = torch.load(tmp_path / "cpu/last.pt", weights_only=True)
-    # As a GPU's run has it.
     for state in saved["optimizer"]["state"].values():
         for key, value in state.items():
             if value is not None and value.dim() == 4:
@@ -2365,12 +2388,12 @@ def test_a_run_of_a_gpu_continues_whatever_its_memory_format(capsys, tiny, tmp_p
 def test_a_resumed_run_takes_new_recipe_flags_and_leaves_old_rows(capsys, tiny, tmp_path):
     out = tmp_path / "run"
     printed(capsys, train, *tiny(), "--epochs", 1, "--out", out)
-    before = (out / "log.csv").read_text().splitlines()
+    _, before = (out / "log.csv").read_text().splitlines()
     said = printed(capsys, train, "--resume", out, "--epochs", 2, "--lr", 0.01)
     assert "recipe fast: epochs 2, batch_size 8, optimizer nesterov, lr 0.01" in said
     _, first, second = (out / "log.csv").read_text().splitlines()
     # The finished epoch is evaluated again, not trained: only the seconds may differ.
-    assert first.split(",")[:-1] == before[1].split(",")[:-1]
+    assert first.split(",")[:-1] == before.split(",")[:-1]
     # The cosine from 0.01 over 16 steps, the first 0.8 of which warm up.
     expected = 0.01 * 0.5 * (1 + np.cos(np.pi * (15 - 0.8) / (16 - 0.8)))
     assert float(second.split(",")[1]) == pytest.approx(expected, rel=1e-4)
@@ -2385,11 +2408,11 @@ def test_an_epoch_is_saved_before_its_evaluation(capsys, monkeypatch, tmp_path):
     good = spoilt.read_bytes()
     spoilt.write_text("no image")
     fails(capsys, train, [*flags, tmp_path / "run"], "0.png: not a readable image")
-    # All of it is trained and saved, and nothing is claimed about it.
+    # All of the epoch is trained and saved, and nothing is claimed about its accuracy.
     assert same(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "run/last.pt"))
     assert not (tmp_path / "run/best.pt").exists()
+    # With the image mended the epoch is evaluated without another step, which would fail here.
     spoilt.write_bytes(good)
-    # Mended, it is evaluated without another step.
     monkeypatch.setattr(train, "train_step", None)
     printed(capsys, train, "--resume", tmp_path / "run")
     assert log(tmp_path / "run") == log(tmp_path / "whole")
@@ -2401,145 +2424,171 @@ def test_home_folders_and_names_outside_ascii(capsys, monkeypatch, tiny, tmp_pat
     home = tmp_path / "±"
     home.mkdir()
     shutil.move(tmp_path / "data", home)
-    flags = "--dataset cifar10 --width 4 --timesteps 1 --batch-size 32 --epochs 1 --no-compile"
-    flags = [*flags.split(), "--data-dir=~/data", "--out=~/x"]
-    # What cannot be printed is replaced.
-    said = python("train.py", *flags, HOME=str(home), PYTHONIOENCODING="ascii")
-    assert "?/x" in said and (home / "x/last.pt").exists()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
-    printed(capsys, train, "--resume=~/x", "--data-dir=~/data")
-    files = ["~/x/last.pt", "--data-dir=~/data", "--save-folded=~/folded.pt", "--report=~/r.md"]
+    monkeypatch.setattr(models, "build", small)
+    # The home folder's name cannot be printed, as with PYTHONIOENCODING=ascii.
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    flags = "--dataset cifar10 --width 4 --timesteps 1 --batch-size 32 --epochs 1 --no-compile"
+    flags = [*flags.split(), "--data-dir=~/data", "--out=~/run"]
+    with pytest.raises(SystemExit) as end:
+        train.run(lambda: train.main(flags), "train.py")
+    # What cannot be printed is replaced.
+    assert not end.value.code and "?/run" in capsys.readouterr().out
+    printed(capsys, train, "--resume=~/run", "--data-dir=~/data")
+    files = ["~/run/last.pt", "--data-dir=~/data", "--save-folded=~/folded.pt", "--report=~/r.md"]
     printed(capsys, evaluation, *files, "--images", 4)
-    assert (home / "folded.pt").exists() and (home / "r.md").exists()
+    assert {file.name for file in home.iterdir()} == {"data", "run", "folded.pt", "r.md"}
     assert not list(tmp_path.rglob("~"))
 
 
 class Bomb:
-    """Would run a command if it were unpickled."""
+    """Would create a file named must-not-run if it were unpickled."""
 
     def __reduce__(self):
         return os.system, ("touch must-not-run",)
 
 
-def array(values):
-    return lambda file: np.save(file, values)
-
-
-def text(file):
-    file.write_text("something else")
-
-
-def cut(file):
-    os.truncate(file, file.stat().st_size // 2)
+def array(*shape, value=0, kind=np.uint8):
+    return lambda file: np.save(file, np.full(shape, value, kind))
 
 
 def entries(**new):
     return lambda file: torch.save({**torch.load(file, weights_only=True), **new}, file)
 
 
-def flip(file):
+def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 16
     file.write_bytes(content)
 
 
-def best(file):
-    shutil.copy(file.parent / "best.pt", file)
-
-
-def infinite(file):
+def make_a_weight_infinite(file):
     model = weights(file)
     model["blocks.3.conv2.0.weight"][0, 0, 0, 0] = float("inf")
     entries(model=model)(file)
 
 
-def full_disk(file):
-    # No file may grow beyond 50 kB.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-
-
-# Cases are flags, a file and what spoils it, and what the line must say. "new" begins a
-# run, "tree" one on images in folders, and "resume" goes on with one.
-OUT_OF_RANGE = """--timesteps 0, --epochs 0, --batch-size -8, --classes 1, --lr 0, --lr nan,
---lr inf, --weight-decay -1, --warmup 1, --mixup -1, --threshold 0, --tau 1, --workers -1,
---save-every 0, --label-smoothing 1, --seed 9223372036854775808""".replace("\n", " ")
-NO_CHOICE = "--arch alexnet, --dataset mnist, --optimizer lion, --recipe best, --compile all"
-NO_NUMBER = "--timesteps two, --width 1.5, --lr fast"
-IMAGES, LABELS = "data/cifar10/train_images.npy", "data/cifar10/train_labels.npy"
-BAD = [(f"new {flag}", "", None, " is not a") for flag in OUT_OF_RANGE.split(", ")]
-BAD += [(f"new {flag}", "", None, "invalid choice: ") for flag in NO_CHOICE.split(", ")]
-BAD += [(f"new {flag}", "", None, " value: ") for flag in NO_NUMBER.split(", ")]
-BAD += [
-    # Nor is it taken for --epochs.
-    ("new --epoch 3", "", None, "unrecognized arguments: --epoch 3"),
-    ("new --device gpu", "", None, "--device gpu cannot be used here"),
-    # Flags that do not go together, with each other or with the data.
-    ("--resume auto", "", None, "--resume auto needs --out DIR"),
-    ("resume --out there", "", None, "leave --out out"),
-    ("new --resume=", "", None, "a name is needed"),
-    ("new --batch-size 65", "", None, "at most the 64 training images"),
-    ("new --accumulate 3", "", None, "must divide by 1 processes x --accumulate 3"),
-    ("new --classes 11", "", None, "--classes 11 is more than the 10 classes"),
-    ("new --limit 65", "", None, "--limit 65 is more than the 64 training images"),
-    ("new --arch spikformer --width 6", "", None, "multiple of 4"),
-    ("new --out /proc/run", "", None, "cannot write a run into /proc/run"),
-    ("new --out " + "a" * 300, "", None, "File name too long"),
-    # Data that are missing or something else.
-    ("new --dataset nmnist", "", None, "nmnist"),
-    ("new", IMAGES, array(np.zeros((64, 3, 32, 32), np.uint8)), "must be uint8 [N, 32, 32, 3]"),
-    ("new", IMAGES, array(np.zeros((0, 32, 32, 3), np.uint8)), "N > 0"),
-    ("new", IMAGES, cut, "no readable .npy"),
-    ("new", LABELS, array(np.zeros(64)), "must hold 64 whole numbers"),
-    ("new", LABELS, array(np.full(64, 10)), "whole numbers from 0 to 9"),
-    ("new", LABELS, array(np.full(64, Bomb())), "no readable .npy"),
-    ("tree", "tree/val/dogs", lambda file: file.rename(file.parent / "hens"), "['dogs', 'hens']"),
-    ("tree", "tree/val", shutil.rmtree, "no folder test or val"),
-    ("tree", "tree/val/dogs/0.png", cut, "0.png: not a readable image"),
-    ("tree --image-size 112", "tree/train/cats/0.png", text, "0.png: not a readable image"),
-    # Checkpoints that are missing, cut off, of something else, or would run code.
-    ("--resume nowhere", "", None, "last.pt cannot be read"),
-    ("resume", "run/last.pt", cut, "it may be truncated"),
-    ("resume", "run/last.pt", text, "it may be truncated, or no checkpoint of train.py"),
-    ("resume", "run/last.pt", entries(format="other"), "is no checkpoint of train.py"),
-    ("resume", "run/last.pt", entries(format=Bomb()), "last.pt cannot be read"),
-    ("resume", "run/last.pt", flip, "its checksums do not fit"),
-    ("resume", "run/last.pt", entries(folded=True), "or folded: for evaluation only"),
-    ("resume", "run/last.pt", best, "is a best.pt or folded: for evaluation only"),
-    ("resume --epochs 1", "", None, "is in epoch 2 already"),
-    # A run goes on with its network and data, and no other takes its place.
-    ("resume --arch resnet18", "", None, "has --arch resnet19, not resnet18"),
-    ("resume --timesteps 4", "", None, "has --timesteps 2, not 4"),
-    ("resume --optimizer adamw", "", None, "has --optimizer nesterov, not adamw"),
-    ("resume --dataset cifar10", "", None, "has --dataset shapes, not cifar10"),
-    ("new --out {d}/run", "run/last.pt", os.unlink, "holds a run (best.pt, log.csv)"),
-    ("new --lr 1e30 --warmup 0", "", None, "NaN or infinite by step 8 of epoch 1"),
-    ("resume --epochs 3", "run/last.pt", infinite, "such values: blocks.3.conv2.0 (Conv2d)"),
-    ("resume --epochs 3", "run", full_disk, "cannot write"),
-]
+# What is done to a file or folder in the table below.
+SPOIL = {
+    "cut off": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "text": lambda file: file.write_text("something else"),
+    "removed": lambda file: shutil.rmtree(file) if file.is_dir() else file.unlink(),
+    "renamed": lambda file: file.rename(file.parent / "hens"),
+    "best.pt": lambda file: shutil.copy(file.parent / "best.pt", file),
+    "planes first": array(64, 3, 32, 32),
+    "empty": array(0, 32, 32, 3),
+    "fractions": array(64, kind=np.float64),
+    "class 10": array(64, value=10),
+    "objects": array(64, value=Bomb(), kind=object),
+    "other format": entries(format="other"),
+    "code": entries(format=Bomb()),
+    "folded": entries(folded=True),
+    "a bit flipped": flip_a_bit,
+    "infinite": make_a_weight_infinite,
+    # No file may grow beyond 50 kB, less than a checkpoint.
+    "disk full": lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1)),
+}
+# How a command in the table begins: a run on arrays, one on images, one that goes on, just flags.
 NEW = "--dataset cifar10 --data-dir {d}/data --recipe fast --width 4 --timesteps 2 --no-compile "
 NEW += "--batch-size 8 --epochs 1 --workers 1 --out new"
 TREE = NEW + " --dataset folder --data-dir {d}/tree --batch-size 2"
-MEANING = dict(new=NEW, tree=TREE, resume="--resume {d}/run")
+COMMANDS = {"new": NEW, "tree": TREE, "resume": "--resume {d}/run", "flags": ""}
+# The command | file or folder: what is done to it | what the line of the error says. Several
+# commands of one beginning are separated by commas.
+BAD_INPUT = """
+# Values out of range, of another kind, or of no choice.
+new --timesteps 0, --epochs 0, --batch-size -8        || is not at least 1 and below inf
+new --classes 1                                       || 1 is not at least 2 and below inf
+new --weight-decay -1, --mixup -1, --workers -1       || -1 is not at least 0 and below inf
+new --seed 9223372036854775808                        || is not at least 0 and below 9223372
+new --warmup 1, --label-smoothing 1                   || 1 is not at least 0 and below 1
+new --lr 0, --threshold 0, --save-every 0             || 0 is not above 0 and below inf
+new --lr nan                                          || nan is not above 0
+new --lr inf                                          || inf is not above 0 and below inf
+new --tau 1                                           || 1 is not above 1 and below inf
+new --timesteps two, --width 1.5                      || invalid int value: '
+new --lr fast                                         || invalid float value: 'fast'
+new --arch alexnet, --dataset mnist, --optimizer lion || invalid choice: '
+new --recipe best, --compile all                      || invalid choice: '
+# A part of a flag's name is not taken for the flag, and a device may not be there.
+new --epoch 3                 || unrecognized arguments: --epoch 3
+new --device gpu                || --device gpu cannot be used here
+# Flags that do not go together.
+flags --resume auto             || --resume auto needs --out DIR
+resume --out there              || leave --out out
+new --resume=                   || a name is needed
+# Flags that do not fit the data or the network.
+new --batch-size 65             || at most the 64 training images
+new --accumulate 3              || must divide by 1 processes x --accumulate 3
+new --classes 11                || --classes 11 is more than the 10 classes
+new --limit 65                  || --limit 65 is more than the 64 training images
+new --arch spikformer --width 6 || multiple of 4
+# Folders that cannot be written, and one that holds a run.
+new --out /proc/run             || cannot write a run into /proc/run
+new --out {long}                || File name too long
+new --out {d}/run               | run/last.pt: removed | holds a run (best.pt, log.csv)
+# Data that are missing or something else.
+new --dataset nmnist            || nmnist
+new | data/cifar10/train_images.npy: planes first | must be uint8 [N, 32, 32, 3]
+new | data/cifar10/train_images.npy: empty        | N > 0
+new | data/cifar10/train_images.npy: cut off      | no readable .npy
+new | data/cifar10/train_labels.npy: fractions    | must hold 64 whole numbers
+new | data/cifar10/train_labels.npy: class 10     | whole numbers from 0 to 9
+new | data/cifar10/train_labels.npy: objects      | no readable .npy
+tree                  | tree/val/dogs: renamed     | ['dogs', 'hens']
+tree                  | tree/val: removed          | no folder test or val
+tree                  | tree/val/dogs/0.png: cut off | 0.png: not a readable image
+# Images of this size are read during the training, by another process.
+tree --image-size 112 | tree/train/cats/0.png: text | 0.png: not a readable image
+# Checkpoints that are missing, cut off, of something else, or would run code.
+flags --resume nowhere || last.pt cannot be read
+resume | run/last.pt: cut off       | it may be truncated, or no checkpoint of train.py
+resume | run/last.pt: other format  | is no checkpoint of train.py
+resume | run/last.pt: code          | last.pt cannot be read
+resume | run/last.pt: a bit flipped | its checksums do not fit
+resume | run/last.pt: folded        | or folded: for evaluation only
+resume | run/last.pt: best.pt       | is a best.pt or folded: for evaluation only
+# A run goes on where it is, with its network and data.
+resume --epochs 1         || is in epoch 2 already
+resume --arch resnet18    || has --arch resnet19, not resnet18
+resume --optimizer adamw  || has --optimizer nesterov, not adamw
+resume --dataset shapes   || has --dataset cifar10, not shapes
+# Runs that fail on the way.
+new --lr 1e30 --warmup 0  || NaN or infinite by step 8 of epoch 1
+resume --epochs 3 | run/last.pt: infinite | such values: blocks.3.conv2.0 (Conv2d)
+resume --epochs 3 | run: disk full        | cannot write
+"""
+ROWS = [row for row in BAD_INPUT.splitlines() if "|" in row]
 
 
-@pytest.mark.parametrize("flags, file, spoil, expected", BAD)
-def test_bad_input_is_one_line(
-        capsys, monkeypatch, trained, tmp_path, flags, file, spoil, expected):
-    d = tmp_path / "d"
-    shutil.copytree(trained, d / "run")
-    tiny_run(d)
-    image_tree(d / "tree", n=1, modes=("RGB", "L"))
+@pytest.fixture(scope="module")
+def run_and_data(tmp_path_factory):
+    """A folder with arrays, a tree of images, and a run of two epochs on the arrays."""
+    folder = tmp_path_factory.mktemp("bad")
+    image_tree(folder / "tree", n=1, modes=("RGB", "L"))
+    flags = [*tiny_run(folder), "--epochs", "2", "--out", str(folder / "run")]
+    in_forks((train.main, flags))
+    return folder
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input_is_one_line(capsys, monkeypatch, run_and_data, tmp_path, row):
+    command, spoilt, expected = (column.strip() for column in row.split("|"))
     monkeypatch.chdir(tmp_path)
-    if file:
-        spoil(d / file)
-    # The log, too, is written anew where a run goes on.
-    before = {file: file.read_bytes() for file in d.rglob("*.[pn]*") if file.is_file()}
-    first, *others = flags.split(" ", 1)
-    flags = " ".join([MEANING.get(first, first), *others])
-    fails(capsys, train, flags.format(d=d).split(), expected)
+    d = shutil.copytree(run_and_data, tmp_path / "d")
+    if spoilt:
+        file, how = spoilt.split(": ")
+        SPOIL[how](d / file)
+    # The log alone is written anew where a run goes on.
+    files = [file for file in d.rglob("*.*") if file.is_file() and file.name != "log.csv"]
+    before = [file.read_bytes() for file in files]
+    beginning, _, endings = command.partition(" ")
+    for ending in endings.split(", "):
+        flags = f"{COMMANDS[beginning]} {ending}".format(d=d, long=300 * "a")
+        fails(capsys, train, flags.split(), expected)
     # What was there is unchanged, no half of a file is left, and no code was run.
-    assert all(file.read_bytes() == content for file, content in before.items())
+    assert [file.read_bytes() for file in files] == before
     assert not list(tmp_path.rglob(".*")) and not os.path.exists("must-not-run")
 
 
@@ -2553,6 +2602,7 @@ def test_memory_does_not_grow_over_2000_steps(request, mode):
         optimizer.zero_grad()
         F.cross_entropy(model(x).mean(0), y).backward()
         optimizer.step()
-        # Pages in memory, of 4 KiB.
+        # The second number is the program's pages in memory, of 4 KiB.
         used.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096)
-    assert np.mean(used[-100:]) - np.mean(used[100:200]) < 8 * 2 ** 20
+    # The first hundred steps may fill caches.
+    assert np.mean(used[-100:]) - np.mean(used[100:200]) < 8 * 2**20
