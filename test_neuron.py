@@ -1722,22 +1722,13 @@ print(at_first, faults())"""
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     args = types.SimpleNamespace(lr=0.4, warmup=0.1)
     rates = [train.learning_rate(step, 100, args) for step in range(100)]
-    # Ten of the hundred steps lead to the peak.
-    assert rates[0] == pytest.approx(0.04) and rates[9] == pytest.approx(0.4) and rates[-1] < 1e-3
-    assert rates[:10] == sorted(rates[:10]) and len(set(rates[:10])) == 10
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    # Ten of the hundred steps lead to the peak, in equal steps.
+    assert rates[:10] == pytest.approx([0.04 * (step + 1) for step in range(10)])
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
 
 
 def settings_of(*flags):
     return train.with_recipe(train.parse(list(flags))[0])
-
-
-def rates_and_decays(model, args):
-    """(rate as a part of lr, weight decay) of each parameter that the optimizer updates."""
-    found = {}
-    for group in train.make_optimizer(model, args).param_groups:
-        found.update(dict.fromkeys(group["params"], (group["rate"], group["weight_decay"])))
-    return found
 
 
 def test_the_papers_recipe_is_printed_and_followed(capsys, tiny, tmp_path):
@@ -1757,8 +1748,22 @@ def test_the_papers_recipe_is_printed_and_followed(capsys, tiny, tmp_path):
     assert type(optimizer) is torch.optim.SGD and train.learning_rate(0, 1000, args) == 0.02
     for group in optimizer.param_groups:
         assert group["momentum"] == 0.9 and not group["nesterov"]
-    # All parameters are treated alike.
-    assert rates_and_decays(model, args) == dict.fromkeys(model.parameters(), (1.0, 5e-4))
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_learning_rates_and_decay_depend_on_what_a_parameter_is(recipe):
+    model, expected, found = models.build("resnet19", 10, 2, width=4), {}, {}
+    for layer in model.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            # The paper treats all parameters alike: the full rate, and weight decay.
+            expected[parameter] = (1.0, 5e-4)
+            if recipe == "fast" and isinstance(layer, TrLIF):
+                expected[parameter] = (0.1, 0.0)
+            elif recipe == "fast" and (isinstance(layer, nn.BatchNorm2d) or name == "bias"):
+                expected[parameter] = (1.0, 0.0)
+    for group in train.make_optimizer(model, settings_of("--recipe", recipe)).param_groups:
+        found.update(dict.fromkeys(group["params"], (group["rate"], group["weight_decay"])))
+    assert found == expected
 
 
 def test_recipes_are_chosen_by_data_and_network_and_flags_override_them(tiny):
@@ -1772,19 +1777,6 @@ def test_recipes_are_chosen_by_data_and_network_and_flags_override_them(tiny):
     args.batch_size = None
     train.make_dataset(args, train.Processes("cpu"))
     assert args.batch_size == 16
-
-
-def test_weight_decay_can_spare_thresholds_decays_and_batchnorm():
-    model, expected = models.build("resnet19", 10, 2, width=4), {}
-    for layer in model.modules():
-        for name, parameter in layer.named_parameters(recurse=False):
-            expected[parameter] = (1.0, 0.0)
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and name == "weight":
-                expected[parameter] = (1.0, 5e-4)
-            # Thresholds and time constants learn at a tenth of the rate.
-            elif isinstance(layer, TrLIF):
-                expected[parameter] = (0.1, 0.0)
-    assert rates_and_decays(model, settings_of("--recipe", "fast")) == expected
 
 
 def test_images_a_second_leave_out_the_first_step(capsys, monkeypatch, tiny, tmp_path):
@@ -1874,7 +1866,7 @@ def randomised(arch, events=False, surrogate="trsg"):
             nn.init.uniform_(layer.bias, -0.3, 0.5)
             layer.momentum = 0.5
     for attention in getattr(model, "attention", []):
-        # Products of three spikes are small, so the threshold behind them is 0.0025.
+        # Products of three spikes are small, so the threshold behind them is 0.018.
         nn.init.constant_(attention.lif.raw_threshold, -4.0)
     # BatchNorm gets statistics that fit, or no spike would arrive in the last layers.
     with torch.no_grad():
@@ -2040,8 +2032,7 @@ def test_folding_changes_nothing_and_makes_all_spikes_one(arch, surrogate):
             spikes = leaving if sends else entering
             assert ((spikes == 0) | (spikes == 1)).all(), name
             fires.append(spikes.any())
-    assert sum(fires) > 0.9 * len(fires), [len(fires), sum(fires)]
-    print("FIRES", len(fires), sum(fires))
+    assert sum(fires) > 0.9 * len(fires)
     # The original is untouched.
     for layer in evaluation.neurons_of(model).values():
         assert layer.surrogate == surrogate
@@ -2082,7 +2073,8 @@ def test_potentials_are_those_of_the_neurons(start):
         h = v + k * (current - v)
         v = h - theta * (h >= theta)
         expected.append((v / theta).detach())
-    # Both of the network's steps, and the last two together.
+    # Both of the network's steps, and the last two together. More images take no more memory.
+    assert laws["lif"].shape == (3, evaluation.BINS)
     for law, values in zip(laws["lif"], [*expected[:2], torch.stack(expected[-2:])], strict=True):
         exact = torch.from_numpy(np.histogram(values, EDGES)[0])
         assert law.sum() == exact.sum() == values.numel()
@@ -2112,8 +2104,7 @@ def test_looking_inside_takes_constant_memory_and_changes_nothing():
     _, few = evaluation.observe(model, batches_of(x, 4))
     _, many = evaluation.observe(model, batches_of(torch.cat([x, x]), 4))
     assert same({name: 2 * count for name, count in few.items()}, many)
-    _, laws = evaluation.potentials(model, batches_of(x, 2), T=2, steps=10, v_init=0)
-    assert {law.shape for law in laws.values()} == {(3, evaluation.BINS)}
+    evaluation.potentials(model, batches_of(x, 4), T=2, steps=10, v_init=0)
     assert same(before, model.state_dict()) and model.timesteps == 2
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
 
@@ -2139,18 +2130,20 @@ def test_a_saved_folded_network_predicts_the_same(capsys, shapes, tmp_path, arch
     fails(capsys, evaluation, [path, "--save-folded", path], "is not a folded network")
 
 
-def test_report_comparison_and_plot(capsys, shapes, tmp_path):
+def test_report_comparison_and_pictures(capsys, monkeypatch, shapes, tmp_path):
     pytest.importorskip("matplotlib")
+    # Only for speed. What these numbers must be is tested below.
+    monkeypatch.setattr(evaluation, "gradient_norm", lambda *case: 1.0)
     files = [checkpoint_file(tmp_path / "a.pt"), checkpoint_file(tmp_path / "b.pt", "sew_resnet18")]
-    report, picture = tmp_path / "r.md", tmp_path / "p.png"
+    report = tmp_path / "r.md"
     # The last batch is smaller than the others.
-    flags = ["--images", 3, "--batch-size", 2, "--inspect", "--report", report, "--plot", picture]
-    said = printed(capsys, evaluation, *files, *flags)
-    text = report.read_text()
+    flags = ["--images", 3, "--batch-size", 2, "--inspect", "--report", report]
+    flags += ["--plot", tmp_path / "p.png", "--picture", tmp_path / "methods.png"]
+    said, text = printed(capsys, evaluation, *files, *flags), report.read_text()
     assert text.startswith("# Comparison") and text in said and "nan" not in text
     assert text.count("## Temporal covariate shift") == 2
     assert "blocks.7.lif2" in text and "4.6 pJ" in text
-    for name in ("p.png", "p-2.png"):
+    for name in ("p.png", "p-2.png", "methods.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -2173,14 +2166,6 @@ def test_gradients_keep_their_size_with_trsg_only():
         norms = [evaluation.gradient_norm(surrogate, theta) for theta in (0.1, 1.0, 10.0)]
         spread[surrogate] = max(norms) / min(norms)
     assert spread["trsg"] < 1.5 and spread["absolute"] > 1e3
-
-
-def test_picture_of_both_methods(capsys, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    # The test above computes them.
-    monkeypatch.setattr(evaluation, "gradient_norm", lambda *case: 1.0)
-    printed(capsys, evaluation, "--picture", tmp_path / "m.png")
-    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_speed_prints_times_and_what_is_host_bound(capsys, monkeypatch):
