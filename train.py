@@ -81,7 +81,6 @@ FORMAT = "MP-Init + TrSG checkpoint 3"
 
 # ---- The command line ---------------------------------------------------------------------------
 
-
 def number(kind, low, high=math.inf, above=False):
     """A type for argparse: a number of kind int or float, at least (or above) low, below high."""
 
@@ -220,7 +219,6 @@ def with_recipe(args):
 
 # ---- The machine --------------------------------------------------------------------------------
 
-
 def use_device(name):
     """The torch.device of that name, as the one to compute on. UserError where it is unusable."""
     try:
@@ -286,7 +284,6 @@ def compile_network(model, x, amp, say):
 
 
 # ---- Several processes. With a single GPU you may skip this section ------------------------------
-
 
 class Processes:
     """This process among those that torchrun started: number `rank` of `world`.
@@ -395,7 +392,6 @@ def leave_at_once(code):
 
 # ---- Checkpoints: a network on disk --------------------------------------------------------------
 
-
 @dataclasses.dataclass
 class Progress:
     """How far a run is. Every checkpoint holds these fields."""
@@ -460,14 +456,11 @@ def check_classes(checkpoint, dataset, data_dir):
     # A label is the place of a class among the names. Other names mean other labels.
     classes = checkpoint["classes"]
     if classes != dataset.classes:
-        raise UserError(
-            f"{dataset.name} in {data_dir} has other classes: {len(dataset.classes)} classes, not "
-            f"the {len(classes)} trained on, or of other names"
-        )
+        counts = f"{len(dataset.classes)} classes, not the {len(classes)} trained on"
+        raise UserError(f"{dataset.name} in {data_dir}: {counts}, or of other names")
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def evaluate(model, batches, amp=False):
@@ -482,7 +475,7 @@ def evaluate(model, batches, amp=False):
     for x, y in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
-            # Sums of the logits so far, [T, B, classes]. The largest of a sum is that of the mean.
+        # Sums of the logits so far, [T, B, classes]. The largest of a sum is that of the mean.
         so_far = logits.float().cumsum(0)
         right = (so_far.argmax(2) == y).sum(1)
         best5 = so_far[-1].topk(min(5, logits.shape[2])).indices
@@ -498,7 +491,6 @@ def evaluate(model, batches, amp=False):
 
 
 # ---- One step -----------------------------------------------------------------------------------
-
 
 def make_optimizer(model, args):
     """The optimizer, with three groups of parameters, told apart by their dimensions."""
@@ -599,14 +591,12 @@ def stop_if_bad(totals, scaler, model, x, where):
     # The scaler's scale is 1 until it skips a step with bad gradients and halves it.
     if not totals[0].isfinite() or scaler.get_scale() != 1:
         layer = first_bad_layer(model, x)
-        raise UserError(
-            f"the loss or a gradient became NaN or infinite {where}; first layer with such values: "
-            f"{layer}; last.pt, if there is one, holds the last good state; try a lower --lr"
-        )
+        raise UserError(f"the loss or a gradient became NaN or infinite {where}; first layer with "
+                        f"such values: {layer}; last.pt, if there is one, holds the last good "
+                        "state; try a lower --lr")
 
 
 # ---- The run ------------------------------------------------------------------------------------
-
 
 def open_run(args, given):
     """(folder of the run, its checkpoint or None, args). Replaces no run unless asked to go on."""
@@ -638,10 +628,8 @@ def open_run(args, given):
     args = argparse.Namespace(**{**vars(args), **old, "device": args.device, **given})
     args = with_recipe(args)
     if checkpoint["epoch"] >= args.epochs:
-        raise UserError(
-            f"--epochs {args.epochs} are too few: the run in {out} is in epoch "
-            f"{checkpoint['epoch'] + 1} already"
-        )
+        raise UserError(f"--epochs {args.epochs} are too few: the run in {out} is in epoch "
+                        f"{checkpoint['epoch'] + 1} already")
     return out, checkpoint, args
 
 
@@ -679,10 +667,9 @@ def make_dataset(args, procs):
         # The nearest size that can be divided into parts.
         args.batch_size = max(parts, min(args.batch_size, images) // parts * parts)
     if args.batch_size % parts or args.batch_size > images:
-        raise UserError(
-            f"--batch-size {args.batch_size} must be divisible by {procs.world} processes x "
-            f"--accumulate {args.accumulate}, and at most the {images} training images"
-        )
+        raise UserError(f"--batch-size {args.batch_size} must be divisible by {procs.world} "
+                        f"processes x --accumulate {args.accumulate}, and at most the {images} "
+                        "training images")
     if args.cutout and isinstance(dataset, data.Streamed):
         raise UserError(f"--cutout is for images of up to {data.RESIDENT_UP_TO} pixels")
     dataset.cutout = args.cutout
@@ -762,10 +749,9 @@ def describe(args, dataset, model, out, procs):
     parameters = sum(p.numel() for p in model.parameters())
     layers = sum(isinstance(layer, neuron.TrLIF) for layer in model.modules())
     drawn = " (drawn: a smoke test, no benchmark)" if args.dataset.startswith("shapes") else ""
-    procs.say(
-        f"{args.arch}: {parameters:,d} parameters, {layers} neuron layers; {args.dataset}{drawn}: "
-        f"{len(dataset):,d} training images, {len(dataset.classes)} classes"
-    )
+    procs.say(f"{args.arch}: {parameters:,d} parameters, {layers} neuron layers; "
+              f"{args.dataset}{drawn}: {len(dataset):,d} training images, "
+              f"{len(dataset.classes)} classes")
     values = {name: vars(args)[name] for name in RECIPE}
     procs.say(f"recipe {args.recipe}: " + ", ".join(f"{name} {v}" for name, v in values.items()))
     others = {name: v for name, v in sorted(vars(args).items()) if name not in RECIPE}
@@ -827,11 +813,9 @@ def time_left(progress, args, steps, evaluation_seconds):
 def progress_line(progress, args, steps, totals):
     """What is printed within an epoch: loss and accuracy so far, in this process."""
     loss, right, images = totals.tolist()
-    return (
-        f"  epoch {progress.epoch + 1}/{args.epochs}, step {progress.step}/{steps}: "
-        f"loss {loss / images:.3f}, accuracy {100 * right / images:.1f} %, "
-        f"{progress.images_per_s:.0f} images/s"
-    )
+    return (f"  epoch {progress.epoch + 1}/{args.epochs}, step {progress.step}/{steps}: "
+            f"loss {loss / images:.3f}, accuracy {100 * right / images:.1f} %, "
+            f"{progress.images_per_s:.0f} images/s")
 
 
 def log_row(progress, totals, test, seconds, split):
