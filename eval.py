@@ -132,6 +132,7 @@ def observe(model, batches, amp=False):
 def fan_out(layer, size):
     """The connections that leave each place of a layer's input: a number, or for a convolution
     [H, W] of the given size, with borders and strides counted exactly."""
+    # Of a convolution and its BatchNorm only the first has connections.
     if isinstance(layer, nn.Sequential) and len(layer) > 0:
         layer = layer[0]
     if isinstance(layer, nn.Linear):
@@ -160,6 +161,7 @@ def operations(model, counts, images):
     """
     names = {module: name for name, module in model.named_modules()}
     pools = dict(models.pooling(model))
+    # From sums to means over images.
     counts = {name: torch.as_tensor(count).cpu() / images for name, count in counts.items()}
     rows = []
 
@@ -224,6 +226,7 @@ def potentials(model, batches, T, steps, v_init=None, amp=False):
             v, theta = layer.v_init, layer.threshold
             for t in range(steps):
                 _, v, _ = lif(inputs[0][t:t + 1], v, theta, layer.decay, layer.surrogate)
+                # Each of the first T steps has a row, the last T steps share one.
                 if t < T or t >= steps - T:
                     law[min(t, T)] += histogram(v, theta)
         return hook
@@ -305,6 +308,7 @@ def table(header, rows):
     header: the names of the columns as "a | b | c"; rows: lists of cells.
     """
     rows = [header.split(" | "), *([str(cell) for cell in row] for row in rows)]
+    # Each column is as wide as its longest cell. Markdown wants three dashes in the rule.
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     # The first column is aligned to the left, the others to the right.
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -324,6 +328,7 @@ def comparison(studies):
     """A table with a row for each checkpoint, as Markdown."""
     rows = []
     for study in studies:
+        # The last of these is the accuracy proper.
         accuracy = ", ".join(percent(share) for share in study.result["top1_at"])
         rate = percent(study.spikes / study.T / study.size)
         row = [study.path, study.arch, study.T, f"{study.parameters:,d}", accuracy, rate]
@@ -351,6 +356,7 @@ def neuron_table(study, times):
 
 def shift_table(study, times):
     """The temporal covariate shift of each layer from both starts, their mean in the first row."""
+    # Side by side, [layers, starts * T].
     shift = torch.cat([run.shift for run in study.runs.values()], 1)
     rows = []
     for name, distances in zip(["mean over layers", *study.neurons], [shift.mean(0), *shift]):
@@ -378,6 +384,7 @@ def report(study):
     accuracy = []
     for start, run in study.runs.items():
         accuracy.append([start, *(percent(share) for share in run.top1_at[:study.T])])
+    # The totals of all layers.
     acs, macs, dense = (sum(row[key] for row in study.operations)
                         for key in ("acs", "macs", "dense"))
     return f"""# {study.title}
@@ -451,6 +458,7 @@ def draw_laws(panel, laws, labels, colours):
     visible = (density.amax(0) > 0.01).nonzero()
     first, last = visible[0].item(), visible[-1].item() + 1
     density, edges = density[:, first:last], edges[first:last + 1]
+    # The area first, so that the lines stand before it.
     panel.stairs(density[-1], edges, fill=True, color="lightgrey", label="stationary")
     for line, label, colour in zip(density, labels, colours):
         panel.stairs(line, edges, color=colour, lw=1.5, label=label)
@@ -467,6 +475,7 @@ def draw_curves(accuracy, rate, shift, study, colours):
     for t, colour in enumerate(colours):
         rates = [100 * layer[t] for layer in study.rates.values()]
         rate.plot(rates, ".-", color=colour, label=f"t = {t + 1}")
+    # Titles and axes.
     accuracy.set(title="Accuracy when read out after t steps",
                  xlabel="time step t", ylabel="top-1 (%)")
     rate.set(title="Firing rate", xlabel="neuron layer", ylabel="spikes a neuron and step (%)")
@@ -532,6 +541,7 @@ def draw_start(panel, title, currents, v_init):
     for x in currents:
         _, v, _ = lif(x[None], v, theta, DECAY)
         laws.append(histogram(v, theta))
+    # Those of the steps 1, 2, 4, and the last, which is the stationary one.
     laws = torch.stack([laws[0], laws[1], laws[3], laws[-1]])
     distances = wasserstein(laws, laws[-1])
     labels = [f"t = {t}: off by {distance:.2f}" for t, distance in zip((1, 2, 4), distances)]
@@ -560,6 +570,7 @@ def draw_windows(panel):
             # The neuron itself tells do/dh: with v[0] = 0 and k = 1 its potential is the current.
             current = h[None].requires_grad_()
             (o,), _, _ = lif(current, zero, theta, one, surrogate)
+            # The gradient passes where it is not 0.
             inside = torch.autograd.grad(o.sum(), current)[0][0] > 0
             seen = h[inside].detach()
             panel.fill_between(seen, row + top - 0.13, row + top, color=colour, lw=0)
@@ -636,6 +647,7 @@ def layer_times(neurons, T, device, dtype):
         timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
         return 1e3 * timer.blocked_autorange(min_run_time=SECONDS).median
 
+    # The layer looks at COMPILE in every call.
     with fusing(False):
         plain = milliseconds(step)
     with fusing(True):
@@ -683,6 +695,7 @@ def arguments(argv=None):
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p = argparse.ArgumentParser("eval.py", description=__doc__, **how)
     add, png = p.add_argument, file_name(".png")
+    # What to do.
     add("checkpoint", nargs="*", type=train.path, help="last.pt or best.pt of a run")
     add("--inspect", action="store_true", help="print tables, layer by layer")
     add("--report", type=file_name(".md"), metavar="FILE.md", help="write the tables into a file")
@@ -691,6 +704,7 @@ def arguments(argv=None):
         help="fold the network, compare it, write it, and go on with it")
     add("--picture", type=png, metavar="FILE.png", help="draw what MP-Init and TrSG do")
     add("--speed", action="store_true", help="time one neuron layer")
+    # With what.
     add("--data-dir", type=train.path, default="data", help="where data sets are (%(default)s)")
     add("--images", type=train.count, metavar="N", help="use the first N test images only")
     add("--batch-size", type=train.count, default=256, metavar="N", help="(%(default)s)")
@@ -700,6 +714,7 @@ def arguments(argv=None):
     add("--workers", type=train.count_or_0, default=2, metavar="N",
         help="processes that decode large images (%(default)s)")
     args = p.parse_args(argv)
+    # What argparse cannot check.
     if args.save_folded and len(args.checkpoint) > 1:
         p.error("--save-folded takes one checkpoint")
     if not (args.checkpoint or args.picture or args.speed):
@@ -748,6 +763,7 @@ def evaluate_checkpoint(args, path, checkpoint, device):
              f"T = {dataset.frames or model.timesteps}", dataset.name, dataset.split,
              f"epoch {checkpoint['epoch'] + 1}", "folded" if checkpoint.get("folded") else None]
     print(*filter(None, about), sep=", ")
+    # The comparison is in float32, before anything is computed in bfloat16.
     if args.save_folded:
         model = save_folded(args, checkpoint, model, dataset)
     # As the training's own evaluation, unless the flag says otherwise.

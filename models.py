@@ -91,6 +91,7 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential() if same_shape else conv_bn(c_in, c_out, 1, stride)
 
     def forward(self, x, T):
+        # The current of a layer is made of the spikes of the one before.
         y = fire(self.lif1, self.conv1(x), T)
         # What is added are currents, so that what leaves the block is 0 or theta.
         return fire(self.lif2, self.conv2(y) + self.shortcut(x), T)
@@ -263,6 +264,7 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
     forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for
     values that are out of range.
     """
+    # Said here, because the errors of the layers would be hard to understand.
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
     if start not in ("published", "kaiming"):
@@ -399,6 +401,7 @@ def folded_weights(layer, sources):
     weight [C_out, C_in * sources, ...] and bias [C_out]."""
     linear, *norms = layer if isinstance(layer, nn.Sequential) else [layer]
     # W (theta_1 s_1 + theta_2 s_2) = [theta_1 W, theta_2 W] [s_1, s_2].
+    # The input is taken as it is.
     heights = [spike_height(neuron) for neuron in sources] or [1.0]
     weight, bias = torch.cat([linear.weight * height for height in heights], 1), linear.bias
     fuse = fuse_linear_bn_weights if isinstance(linear, nn.Linear) else fuse_conv_bn_weights

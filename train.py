@@ -104,6 +104,7 @@ def path(text):
     return os.path.expanduser(text)
 
 
+# The kinds of numbers that flags take.
 count = number(int, 1)
 count_or_0 = number(int, 0)
 positive = number(float, 0, above=True)
@@ -123,6 +124,7 @@ def add_network(add):
     add("--surrogate", default="trsg", choices=("trsg", "absolute"),
         help="TrSG, whose window scales with theta, or a window of fixed width (trsg)")
     add("--fixed-neuron", action="store_true", help="do not train theta and tau")
+    # See models.scale_currents.
     add("--scale-currents", action="store_true",
         help="BatchNorm's weights start at theta instead of 1")
 
@@ -131,17 +133,20 @@ def add_data(add):
     add("--dataset", default="cifar100", choices=data.DATASETS, help="see data.py (%(default)s)")
     add("--data-dir", default="data", type=path, help="where data is; for folder the tree (data)")
     add("--image-size", type=count, help="of shapes and folder (32), of imagenet (224)")
+    # The next two concern event recordings only.
     add("--dvs-split", default="first100", choices=("first100", "random"),
         help="test set of cifar10-dvs: recordings 0 to 99 of a class, or a random tenth (first100)")
     add("--bin-by", default="count", choices=("count", "time"),
         help="cut recordings into frames of equally many events, or equally long ones (count)")
+    # Smaller tasks for quick trials.
     add("--classes", type=number(int, 2), metavar="N", help="use the first N classes only")
-    add("--limit", type=count, metavar="N", help="use N training images only, for quick trials")
+    add("--limit", type=count, metavar="N", help="use N training images only")
     add("--cutout", default=0, type=count_or_0, help="side of a square to blank, in pixels (0)")
     add("--workers", default=2, type=count_or_0, help="processes that decode images (2)")
 
 
 def add_recipe(add):
+    # Most of these have no default, because it is the recipe's.
     add("--recipe", choices=RECIPES, help="fast for shapes, spikformer for spikformer, else paper")
     add("--epochs", type=count, help="passes over the training set")
     add("--batch-size", type=count, help="images a step, of all processes together")
@@ -161,6 +166,7 @@ def add_recipe(add):
 
 def add_machine(add):
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    # How to compute.
     add("--device", default=gpu, help="cpu, cuda or cuda:N (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="compute in bfloat16 (default: on GPUs that have it)")
@@ -168,6 +174,7 @@ def add_machine(add):
         help="what torch.compile fuses (network on CUDA, else neurons)")
     add("--no-compile", dest="compile", action="store_const", const="off", help="--compile off")
     add("--deterministic", action="store_true", help="repeatable on CUDA, slower")
+    # Where results go, and how a run goes on.
     add("--out", type=path, metavar="DIR", help="log and checkpoints (a new folder in runs/)")
     add("--resume", type=path, metavar="DIR", help="go on with a run; auto: that in --out, if any")
     add("--save-every", default=10.0, type=positive, metavar="MINUTES",
@@ -194,6 +201,7 @@ def parse(argv=None):
     absent = object()
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
     given = {name: value for name, value in vars(marked).items() if value is not absent}
+    # What argparse cannot check: flags that need or exclude each other.
     if args.resume == "auto" and args.out is None:
         parser.error("--resume auto needs --out DIR")
     if args.resume not in (None, "auto") and args.out is not None:
@@ -211,6 +219,7 @@ def with_recipe(args):
             args.recipe = "fast"
         if args.arch == "spikformer":
             args.recipe = "spikformer"
+    # A flag that was given stands.
     for name, values in RECIPE.items():
         if getattr(args, name) is None:
             setattr(args, name, values[RECIPES.index(args.recipe)])
@@ -227,6 +236,7 @@ def use_device(name):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
+    # Whatever takes the current GPU without asking takes this one.
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if device.type == "cpu":
@@ -261,6 +271,7 @@ def set_precision(args, device, say):
     # Try out algorithms and keep the fastest. It may differ from run to run, and its rounding too.
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
+        # cuBLAS repeats its results only with workspaces of a fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
@@ -274,11 +285,13 @@ def compile_network(model, x, amp, say):
         # A trial step compiles forward and backward. It changes running means and statistics.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             model(x).float().sum().backward()
+    # Running out of memory is no failure to compile.
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         model._compiled_call_impl = None
         say(f"The network cannot be compiled here, only its neurons are: {first_line(error)}")
+    # The trial step leaves nothing behind.
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before, strict=False)
 
@@ -334,6 +347,7 @@ class Processes:
     def prepare(self, function):
         """function() in one process of each machine first: the others find its files written."""
         waits = self.world > 1 and os.environ["LOCAL_RANK"] != "0"
+        # The others of a machine wait here until its first process is at the barrier below.
         if waits:
             dist.barrier()
         result = function()
@@ -515,6 +529,7 @@ def learning_rate(step, steps, args):
     warmup = args.warmup * steps
     if step < warmup:
         return args.lr * (step + 1) / math.ceil(warmup)
+    # Half a period, from 1 to 0.
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
@@ -604,6 +619,7 @@ def open_run(args, given):
     # A batch system may repeat a command with --resume auto as it stands.
     if resume == "auto":
         resume = args.out if os.path.exists(f"{args.out}/last.pt") else None
+    # A new run.
     if resume is None:
         args = with_recipe(args)
         # Two runs started in the same second differ by the number of their process.
@@ -614,6 +630,7 @@ def open_run(args, given):
             advice = "add --resume auto to go on with it, or give another --out"
             raise UserError(f"{out} holds a run ({', '.join(present)}): {advice}")
         return out, None, args
+    # A run that goes on.
     out = pathlib.Path(resume)
     checkpoint = load_checkpoint(out / "last.pt")
     if "optimizer" not in checkpoint:
@@ -684,6 +701,7 @@ def make_model(args, dataset, device):
     options = {name: getattr(args, name) for name in names}
     options.update(num_classes=len(dataset.classes), in_channels=dataset.channels)
     options.update(learnable=not args.fixed_neuron)
+    # What is out of range for a network is a mistake in the flags.
     try:
         model = models.build(**options, start=args.start)
     except ValueError as error:
@@ -752,6 +770,7 @@ def describe(args, dataset, model, out, procs):
     procs.say(f"{args.arch}: {parameters:,d} parameters, {layers} neuron layers; "
               f"{args.dataset}{drawn}: {len(dataset):,d} training images, "
               f"{len(dataset.classes)} classes")
+    # The recipe's values first, then everything else.
     values = {name: vars(args)[name] for name in RECIPE}
     procs.say(f"recipe {args.recipe}: " + ", ".join(f"{name} {v}" for name, v in values.items()))
     others = {name: v for name, v in sorted(vars(args).items()) if name not in RECIPE}
