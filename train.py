@@ -451,7 +451,8 @@ def load_checkpoint(file):
         advice = "it may be truncated, or no checkpoint of train.py"
         raise UserError(f"{file} cannot be read, {advice}: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{file} is no checkpoint of train.py ('format' is not {FORMAT!r})")
+        raise UserError(f"{file} is no checkpoint of train.py, or of another version of it: its "
+                        f"format is not {FORMAT!r}")
     return checkpoint
 
 
