@@ -217,10 +217,10 @@ def potentials(model, batches, T, steps, v_init=None, amp=False):
     distribution, that of the last T steps. An image is shown on, frames are repeated.
     """
     # Hooks go on a copy, so that none stay behind on the network.
-    model, laws = copy.deepcopy(model), {}
+    model, histograms = copy.deepcopy(model), {}
     model.timesteps = steps
 
-    def record(law):
+    def record(counts):
         def hook(layer, inputs, _):
             # A layer returns no potentials. Its neurons run again, a step at a time.
             v, theta = layer.v_init, layer.threshold
@@ -228,28 +228,28 @@ def potentials(model, batches, T, steps, v_init=None, amp=False):
                 _, v, _ = lif(inputs[0][t:t + 1], v, theta, layer.decay, layer.surrogate)
                 # Each of the first T steps has a row, the last T steps share one.
                 if t < T or t >= steps - T:
-                    law[min(t, T)] += histogram(v, theta)
+                    counts[min(t, T)] += histogram(v, theta)
         return hook
 
     for name, layer in neurons_of(model).items():
-        laws[name] = torch.zeros(T + 1, BINS, dtype=torch.long, device=layer.v_init.device)
-        layer.register_forward_hook(record(laws[name]))
+        histograms[name] = torch.zeros(T + 1, BINS, dtype=torch.long, device=layer.v_init.device)
+        layer.register_forward_hook(record(histograms[name]))
         if v_init is not None:
             layer.v_init.fill_(v_init)
     # The frames of a recording are shown as 0 ... T - 1, 0 ... T - 1, and so on.
     frames = torch.arange(steps) % T
     shown = ((x if x.dim() == 4 else x[:, frames], y) for x, y in batches)
     result = evaluate(model, shown, amp)
-    return result, {name: law.cpu() for name, law in laws.items()}
+    return result, {name: counts.cpu() for name, counts in histograms.items()}
 
 
-def wasserstein(laws, reference):
+def wasserstein(histograms, reference):
     """1-Wasserstein distance in thresholds between distributions given as counts [..., BINS]: the
     area between their cumulative distributions. It is off by at most the width of a bin."""
     # Counts become shares, because the two may be of different numbers of potentials.
-    laws, reference = (counts.double() / counts.double().sum(-1, keepdim=True)
-                       for counts in (laws, reference))
-    return (laws - reference).cumsum(-1).abs().sum(-1) / BINS_PER_THRESHOLD
+    shares, reference = (counts.double() / counts.double().sum(-1, keepdim=True)
+                         for counts in (histograms, reference))
+    return (shares - reference).cumsum(-1).abs().sum(-1) / BINS_PER_THRESHOLD
 
 
 # ---- All about one checkpoint -------------------------------------------------------------------
@@ -276,17 +276,18 @@ def examine(path, checkpoint, model, dataset, batch_size, images=None, amp=False
     study.neurons = neurons_of(model)
 
     # Potentials from both starts, over T steps and on until they have settled: a leak of tau = 4
-    # leaves 1 % of the start after 16 steps. The last T steps then show the stationary law.
+    # leaves 1 % of the start after 16 steps. The last T steps then show where potentials settle.
     study.steps, study.runs = 5 * T + 16, {}
     for start, v_init in (("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0)):
         # More steps need smaller batches in the same memory.
         batches = take(dataset, max(1, batch_size * T // study.steps), images)
         # The plain loop: so many steps take longer to compile than these few batches take.
         with fusing(False):
-            longer, laws = potentials(model, batches, T, study.steps, v_init, amp)
-        # The distance of each layer's potentials at each step from the stationary law, [layers, T].
-        shift = torch.stack([wasserstein(law[:T], law[T]) for law in laws.values()])
-        study.runs[start] = SimpleNamespace(top1_at=longer["top1_at"], laws=laws, shift=shift)
+            longer, histograms = potentials(model, batches, T, study.steps, v_init, amp)
+        # The distance of each layer's potentials at each step from where they settle, [layers, T].
+        shift = torch.stack([wasserstein(counts[:T], counts[T]) for counts in histograms.values()])
+        run = dict(top1_at=longer["top1_at"], histograms=histograms, shift=shift)
+        study.runs[start] = SimpleNamespace(**run)
 
     # Spikes an image: {neuron layer: [T, *neurons]}.
     spikes = {name: counts[name].cpu() / images for name in study.neurons}
@@ -340,8 +341,8 @@ def comparison(studies):
     return f"""{table(header, rows)}
 Firing rate: spikes per neuron and step. Energy: arithmetic only, 45 nm, {PJ_PER_MAC} pJ for each
 multiply-accumulate, {PJ_PER_AC} pJ for each accumulate; conventional: the same network in one pass.
-Shift: distance of the potentials at t = 1 from their stationary law, in thresholds (1-Wasserstein,
-mean over layers), as the network is and started at 0.
+Shift: distance of the potentials at t = 1 from the distribution in which they settle, in thresholds
+(1-Wasserstein, mean over layers), as the network is and started at 0.
 """
 
 
@@ -401,9 +402,10 @@ tau in time steps. Under t: firing rate, spikes a neuron at that step.
 
 {shift_table(study, times)}
 Distance (1-Wasserstein, in thresholds) of the membrane potentials v[t], after the reset, from their
-stationary law, that of the last {study.T} of {study.steps} steps of the network on the same images;
-"from 0": of the same network started at v[0] = 0. Where it is 0, step t sees the potentials that
-later steps see. Histograms of 1/{BINS_PER_THRESHOLD} threshold a bin: off by one bin at most.
+stationary distribution, that of the last {study.T} of {study.steps} steps of the network on the
+same images; "from 0": of the same network started at v[0] = 0. Where it is 0, step t sees the
+potentials that later steps see. Histograms of 1/{BINS_PER_THRESHOLD} threshold a bin: off by one
+bin at most.
 
 ## Operations and energy for one image
 
@@ -445,13 +447,13 @@ def save_figure(figure, path):
     pyplot().close(figure)
 
 
-def draw_laws(panel, laws, labels, colours):
-    """Distributions of v / theta as lines, the stationary one, the last of laws, as an area.
+def draw_distributions(panel, histograms, labels, colours):
+    """Distributions of v / theta as lines, the stationary one, the last of histograms, as an area.
 
-    laws: counts [n + 1, BINS]
+    histograms: counts [n + 1, BINS]
     """
     # From counts to densities, in wider bins of 1/16 threshold.
-    density = laws.unflatten(1, (-1, BINS_PER_THRESHOLD // 16)).sum(2).double()
+    density = histograms.unflatten(1, (-1, BINS_PER_THRESHOLD // 16)).sum(2).double()
     density = 16 * density / density.sum(1, keepdim=True)
     edges = torch.linspace(-RANGE, RANGE, density.shape[1] + 1)
     # Only the part of the axis where there is something to see.
@@ -479,7 +481,7 @@ def draw_curves(accuracy, rate, shift, study, colours):
     accuracy.set(title="Accuracy when read out after t steps",
                  xlabel="time step t", ylabel="top-1 (%)")
     rate.set(title="Firing rate", xlabel="neuron layer", ylabel="spikes a neuron and step (%)")
-    title = "Covariate shift at t = 1: distance of the\npotentials from their stationary law"
+    title = "Covariate shift at t = 1: distance of potentials\nfrom their stationary distribution"
     shift.set(title=title, xlabel="neuron layer", ylabel="1-Wasserstein distance (thresholds)")
 
 
@@ -514,7 +516,7 @@ def plot(study, path):
         i = round(column * (len(names) - 1) / 3)
         for panel, (start, run) in zip(axes[1:, column], study.runs.items()):
             labels = [f"t = {t + 1}, distance {run.shift[i, t]:.3f}" for t in range(study.T)]
-            draw_laws(panel, run.laws[names[i]], labels, colours)
+            draw_distributions(panel, run.histograms[names[i]], labels, colours)
             panel.set(title=f"{names[i]}, {start}",
                       xlabel="membrane potential after the reset (thresholds)", ylabel="density")
             panel.set(yscale="log", ylim=(0.01, None))
@@ -532,20 +534,20 @@ DECAY = torch.tensor(0.5)
 
 
 def draw_start(panel, title, currents, v_init):
-    """MP-Init's half: the law of a layer's potential at t = 1, 2, 4, and when it has settled.
+    """MP-Init's half: the distribution of potentials at t = 1, 2, 4, and when they have settled.
 
     currents: [steps, neurons] of mean and deviation 0.5, at threshold 1
     """
-    theta, v, laws = torch.tensor(1.0), v_init, []
+    theta, v, histograms = torch.tensor(1.0), v_init, []
     # One step at a time, because lif returns the last potential only.
     for x in currents:
         _, v, _ = lif(x[None], v, theta, DECAY)
-        laws.append(histogram(v, theta))
+        histograms.append(histogram(v, theta))
     # Those of the steps 1, 2, 4, and the last, which is the stationary one.
-    laws = torch.stack([laws[0], laws[1], laws[3], laws[-1]])
-    distances = wasserstein(laws, laws[-1])
+    histograms = torch.stack([histograms[0], histograms[1], histograms[3], histograms[-1]])
+    distances = wasserstein(histograms, histograms[-1])
     labels = [f"t = {t}: off by {distance:.2f}" for t, distance in zip((1, 2, 4), distances)]
-    draw_laws(panel, laws, labels, ("tab:orange", "tab:green", "tab:blue"))
+    draw_distributions(panel, histograms, labels, ("tab:orange", "tab:green", "tab:blue"))
     panel.axvline(v_init, color="black", lw=1, ls=":", label=f"start: {v_init:.2f}")
     panel.set(title=title,
               xlabel="membrane potential (thresholds); currents 0.5 ± 0.5", ylabel="density")
@@ -554,8 +556,8 @@ def draw_start(panel, title, currents, v_init):
 
 
 def draw_windows(panel):
-    """TrSG's half: for three thresholds, the law of the potentials that meet the threshold, and
-    the window in which each surrogate lets gradients pass."""
+    """TrSG's half: for three thresholds, the distribution of the potentials that meet it, and the
+    window in which each surrogate lets gradients pass."""
     zero, one = torch.zeros(()), torch.ones(())
     for row, theta in enumerate(torch.tensor([0.25, 1.0, 4.0])):
         # Currents scale with the threshold. Eight steps settle the potentials.
@@ -563,8 +565,9 @@ def draw_windows(panel):
         _, v, _ = lif(x[:8], zero, theta, DECAY)
         # Charge, in the ninth step: the potential before firing.
         h = (v + DECAY * (x[8] - v)).sort().values
-        law, edges = torch.histogram(h, 120, range=(-4.0, 8.0))
-        panel.stairs(row + 0.6 * law / law.max(), edges, baseline=row, fill=True, color="lightgrey")
+        counts, edges = torch.histogram(h, 120, range=(-4.0, 8.0))
+        height = row + 0.6 * counts / counts.max()
+        panel.stairs(height, edges, baseline=row, fill=True, color="lightgrey")
         panel.text(-3.9, row + 0.3, f"threshold {theta:g}")
         for top, (surrogate, name, colour) in zip((0, -0.15), WINDOWS):
             # The neuron itself tells do/dh: with v[0] = 0 and k = 1 its potential is the current.
