@@ -322,17 +322,16 @@ class ImageTree:
 
 def image_trees(root):
     """The training and the test images below root, of the same classes."""
-    classes = class_folders(root / "train")
-    tests = [name for name in ("test", "val") if class_folders(root / name)]
-    for name, found in (("train", classes), ("test or val", tests)):
-        if not found:
+    train, test, val = (class_folders(root / name) for name in ("train", "test", "val"))
+    for name, classes in (("train", train), ("test or val", test or val)):
+        if not classes:
             raise UserError(f"{root}: no folder {name} with class folders; expected train/<class>/"
                             "*.png|jpg|webp and test/<class>/* or val/<class>/*")
     # The test set is in the folder with the classes of training. ImageNet's test/ has no classes.
-    for name in tests:
-        if class_folders(root / name) == classes:
+    for name, classes in (("test", test), ("val", val)):
+        if classes == train:
             return ImageTree(root / "train"), ImageTree(root / name)
-    differing = sorted(set(classes) ^ set(class_folders(root / tests[0])))
+    differing = sorted(set(train) ^ set(test or val))
     raise UserError(f"{root}: the class folders of training and test differ: {differing[:5]}")
 
 
@@ -639,11 +638,13 @@ class EventSet(typing.NamedTuple):
     # holds 15.9 events per pixel. More count as that.
     scale: int
     flip: bool = True
+    # The split that the set itself comes with, if any.
+    split: str | None = None
 
 
 EVENT_SETS = {
     "cifar10-dvs": EventSet(CIFAR10, read_aedat, ".aedat", 128, 48, 16),
-    "nmnist": EventSet(list("0123456789"), read_nmnist, ".bin", 34, 34, 1, flip=False),
+    "nmnist": EventSet(list("0123456789"), read_nmnist, ".bin", 34, 34, 1, False, "official"),
     "shapes-dvs": EventSet(SHAPES, read_aedat, ".aedat", 128, 32, 16),
 }
 
@@ -656,8 +657,8 @@ class Recordings:
         self.timesteps, self.by = timesteps, by
 
     def __getitem__(self, i):
-        path, (_, read, _, pixels, size, scale, _) = self.paths[i], self.event_set
-        events = read(path)
+        path, pixels, size = self.paths[i], self.event_set.pixels, self.event_set.size
+        events = self.event_set.read(path)
         # The first step is 0, so that a recording of a single event has one, too.
         steps = np.append(0, np.diff(events[0]))
         # Disorder of a few microseconds and short rests are usual. More than that means a clock
@@ -667,7 +668,7 @@ class Recordings:
         frames = bin_events(*events, self.timesteps, pixels, pixels, self.by)
         # Where the sizes are equal there is nothing to average.
         frames = frames if size == pixels else area_mean(frames, size)
-        return np.rint(np.minimum(frames * float(scale), 255)).astype(np.uint8)
+        return np.rint(np.minimum(frames * float(self.event_set.scale), 255)).astype(np.uint8)
 
 
 # What to do where recordings are missing.
@@ -775,10 +776,9 @@ def complete_recordings(folder, classes, ending, split):
 
 def load_events(name, folder, workers, timesteps, split, by):
     """A data set of recordings from prepared frames, which are made where they are missing."""
-    classes, _, ending, _, size, scale, flip = EVENT_SETS[name]
-    # N-MNIST comes with its own split.
-    if name == "nmnist":
-        split = "official"
+    event_set = EVENT_SETS[name]
+    classes, ending, size = event_set.classes, event_set.ending, event_set.size
+    split = event_set.split or split
     # What frames depend on is in their name, or, the recordings, in the file beside them.
     suffix = f"_T{timesteps}_{by}_{size}_{split}"
     paths, source = array_paths(folder, suffix), folder / f"source{suffix}.txt"
@@ -801,8 +801,8 @@ def load_events(name, folder, workers, timesteps, split, by):
     train, test = read_arrays(paths, (timesteps, 2, size, size), len(classes))
     # This deviation undoes the scale, so that the network sees events per pixel. Shifts of up to 5
     # pixels are usual. Digits are not mirrored.
-    return Resident(name, train, test, classes, (0.0, 0.0), (scale / 255,) * 2, pad=5, flip=flip,
-                    split=split)
+    return Resident(name, train, test, classes, (0.0, 0.0), (event_set.scale / 255,) * 2, pad=5,
+                    flip=event_set.flip, split=split)
 
 
 def make_frames(recordings, workers):

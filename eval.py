@@ -815,9 +815,10 @@ def main(argv=None):
             plot(studies[-1], args.plot if i == 1 else f"{args.plot.removesuffix('.png')}-{i}.png")
     # All checkpoints have been examined, or none.
     if studies and studies[0]:
-        tables = f"# Comparison\n\n{comparison(studies)}\n"
+        compared = comparison(studies)
+        tables = f"# Comparison\n\n{compared}\n"
         tables += "\n".join(report(study) for study in studies)
-        print(tables if args.inspect else comparison(studies))
+        print(tables if args.inspect else compared)
         if args.report:
             data.write_atomically(args.report, lambda file: file.write(tables.encode()))
 

@@ -43,21 +43,20 @@ import train
 from neuron import TrLIF
 
 HERE = pathlib.Path(__file__).resolve().parent
-# As the programs that tests start have it: the same sums, in the same order.
+# Programs that tests start find these files wherever they lie themselves. They have one thread as
+# this process has, so that sums are taken in the same order.
+os.environ.update(PYTHONPATH=str(HERE), OMP_NUM_THREADS="1")
 torch.set_num_threads(1)
 SMALL = "--dataset shapes --arch resnet19 --width 4 --timesteps 2 --no-compile".split()
 
 
-def python(*arguments, cwd=HERE, code=0, seconds=600, **environment):
-    """The output of a Python program in a process of its own. code: the exit status expected."""
-    # The path: programs of these tests lie elsewhere.
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **environment}
+def python(*arguments, seconds=600):
+    """The output of a Python program in a process of its own, which must end well."""
     command = [sys.executable, *map(str, arguments)]
-    how = dict(cwd=cwd, capture_output=True, text=True, timeout=seconds)
-    done = subprocess.run(command, env=environment, **how)
-    report = f"exit {done.returncode}, not {code}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    assert done.returncode == code, report
-    return done.stdout if code == 0 else done.stderr
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=seconds)
+    report = f"exit {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, report
+    return done.stdout
 
 
 def printed(capsys, program, *arguments):
@@ -1805,7 +1804,7 @@ def randomised(arch, events=False, surrogate="trsg"):
     with torch.no_grad():
         for _ in range(4):
             model.train()(noise(arch, 16, events))
-    for layer in evaluation.neurons_of(model).values():
+    for layer in neurons(model):
         nn.init.uniform_(layer.v_init, -0.1, 0.9).mul_(layer.threshold.detach())
     return model.eval()
 
@@ -1973,7 +1972,7 @@ def test_folding_changes_nothing_and_makes_all_spikes_one(arch, surrogate):
             fires.append(spikes.any())
     assert sum(fires) > 0.9 * len(fires)
     # The original is untouched.
-    for layer in evaluation.neurons_of(model).values():
+    for layer in neurons(model):
         assert layer.surrogate == surrogate
 
 
@@ -2145,10 +2144,9 @@ def test_mistakes_are_said_before_the_work(capsys, monkeypatch, arguments, expec
 # ---- several processes ---------------------------------------------------------------------------
 
 # Processes are forks of one that has imported everything, which saves each of them the seconds
-# that importing torch takes. That one has to find this file, wherever pytest was started.
+# that importing torch takes.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__])
-os.environ["PYTHONPATH"] = str(HERE)
 
 
 def in_forks(*calls, code=0):
