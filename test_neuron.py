@@ -2225,6 +2225,31 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path, arch, fused):
         torch.testing.assert_close(value, together[name], rtol=1e-8, atol=1e-8, msg=name)
 
 
+def equalise(environment, folder):
+    """Save what a process has of BatchNorm's statistics and of the totals after an epoch."""
+    os.environ.update(environment)
+    processes = train.Processes("cpu")
+    model, totals = nn.BatchNorm1d(3), torch.tensor([1.0, 2.0, 4.0])
+    # Each process has seen other images.
+    model.running_mean += 5 + processes.rank
+    model.running_var += 7 + processes.rank
+    processes.equalise(model, totals)
+    state = {**model.state_dict(), "totals": totals}
+    torch.save(state, folder / f"{processes.rank}.pt")
+    processes.leave(0)
+
+
+def test_after_an_epoch_all_have_the_statistics_of_the_first(tmp_path):
+    first, second = environments_of_two()
+    in_forks((equalise, first, tmp_path), (equalise, second, tmp_path))
+    for rank in (0, 1):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        # The statistics are those of the first, the totals are those of both.
+        assert state["running_mean"].tolist() == [5.0] * 3
+        assert state["running_var"].tolist() == [8.0] * 3
+        assert state["totals"].tolist() == [2.0, 4.0, 8.0]
+
+
 def test_torchrun_trains_and_counts_every_test_image_once(tiny, tmp_path):
     # 17 test images do not divide by two. Threads of compiled neurons and of the connection must
     # not crash an interpreter that ends, for which torchrun would exit with 1.
@@ -2358,7 +2383,8 @@ def test_a_resumed_run_takes_new_recipe_flags_and_leaves_old_rows(capsys, tiny, 
     out = tmp_path / "run"
     printed(capsys, train, *tiny(), "--epochs", 1, "--out", out)
     _, before = (out / "log.csv").read_text().splitlines()
-    said = printed(capsys, train, "--resume", out, "--epochs", 2, "--lr", 0.01)
+    flags = "--epochs 2 --lr 0.01 --neuron-rate 0.5 --weight-decay 0.01"
+    said = printed(capsys, train, "--resume", out, *flags.split())
     assert "recipe fast: epochs 2, batch_size 8, optimizer nesterov, lr 0.01" in said
     _, first, second = (out / "log.csv").read_text().splitlines()
     # The finished epoch is evaluated again, not trained: only the seconds may differ.
@@ -2366,6 +2392,10 @@ def test_a_resumed_run_takes_new_recipe_flags_and_leaves_old_rows(capsys, tiny, 
     # The cosine from 0.01 over 16 steps, the first 0.8 of which warm up.
     expected = 0.01 * 0.5 * (1 + np.cos(np.pi * (15 - 0.8) / (16 - 0.8)))
     assert float(second.split(",")[1]) == pytest.approx(expected, rel=1e-4)
+    # Weights, biases and BatchNorm, neurons: the optimizer goes on with the new values.
+    groups = torch.load(out / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    found = [(group["lr_scale"], group["weight_decay"]) for group in groups]
+    assert found == [(1.0, 0.01), (1.0, 0.0), (0.5, 0.0)]
 
 
 def test_an_epoch_is_saved_before_its_evaluation(capsys, monkeypatch, tmp_path):
