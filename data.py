@@ -177,6 +177,10 @@ class Resident:
     def __len__(self):
         return len(self.sets["train"][1])
 
+    def test_size(self):
+        """The number of test images. len() is that of the training images."""
+        return len(self.sets["test"][1])
+
     def limit(self, n):
         """Keep n training images, always the same, drawn from all classes."""
         check_at_most("--limit", n, len(self), "training images of " + self.name)
@@ -399,6 +403,9 @@ class Streamed:
 
     def __len__(self):
         return len(self.indices)
+
+    def test_size(self):
+        return len(self.trees[1].samples)
 
     def limit(self, n):
         check_at_most("--limit", n, len(self), "training images of " + self.name)

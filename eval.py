@@ -33,7 +33,7 @@ import neuron
 import train
 from data import UserError
 from neuron import TrLIF, lif
-from train import build_network, check_classes, evaluate, load_checkpoint, load_data
+from train import build_network, check_classes, duration, evaluate, load_checkpoint, load_data
 
 # Energy of a 32-bit multiply-accumulate and of an accumulate in pJ, in 45 nm CMOS (Horowitz 2014).
 PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9
@@ -60,15 +60,23 @@ def test_data(checkpoint, data_dir, workers, timesteps=None):
 
 
 def take(dataset, batch_size, images=None):
-    """The test batches (x, y) without padding; only the first `images` images, if given."""
-    left = images or math.inf
+    """The test batches (x, y) without padding; only the first `images` images, if given. Prints
+    how far it is every ten seconds."""
+    n, done = min(images or math.inf, dataset.test_size()), 0
+    start = printed = time.perf_counter()
     for x, y in dataset.test(batch_size):
         # Images that only fill up the last batch have the label -1.
-        n = min(left, (y >= 0).sum().item())
-        yield x[:n], y[:n]
-        left -= n
-        if left == 0:
+        taken = min(n - done, (y >= 0).sum().item())
+        yield x[:taken], y[:taken]
+        done += taken
+        if done == n:
             return
+        # Here the batch has been computed. A CPU takes long for a large network.
+        now = time.perf_counter()
+        if now > printed + 10:
+            printed, rate = now, done / (now - start)
+            print(f"  {done:,d} of {n:,d} images, {rate:.1f} images/s, "
+                  f"{duration((n - done) / rate)} left", flush=True)
 
 
 # ---- Spikes -------------------------------------------------------------------------------------
@@ -281,6 +289,7 @@ def examine(path, checkpoint, model, dataset, batch_size, images=None, amp=False
     for start, v_init in (("v[0] = v_init (MP-Init)", None), ("v[0] = 0", 0)):
         # More steps need smaller batches in the same memory.
         batches = take(dataset, max(1, batch_size * T // study.steps), images)
+        print(f"membrane potentials over {study.steps} steps, {start}", flush=True)
         # The plain loop: so many steps take longer to compile than these few batches take.
         with fusing(False):
             longer, histograms = potentials(model, batches, T, study.steps, v_init, amp)

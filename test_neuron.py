@@ -1854,6 +1854,21 @@ def test_evaluation_agrees_with_a_plain_count():
     assert result["images"] == 50
 
 
+def test_a_long_evaluation_says_how_far_it_is(capsys, monkeypatch):
+    # On this clock each batch takes 20 seconds.
+    ticks = iter(range(0, 100, 20))
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(evaluation, "time", clock)
+    images = np.zeros((45, 8, 8, 3), np.uint8), np.zeros(45)
+    dataset = data.Resident("black", images, images, ["0"], (0,) * 3, (1,) * 3)
+    assert [len(x) for x, _ in evaluation.take(dataset, 20)] == [20, 20, 5]
+    assert capsys.readouterr().out == ("  20 of 45 images, 1.0 images/s, 0 min 25 s left\n"
+                                       "  40 of 45 images, 1.0 images/s, 0 min 05 s left\n")
+    # Of the first 30 images, 10 are in the second batch.
+    assert [len(x) for x, _ in evaluation.take(dataset, 20, 30)] == [20, 10]
+    assert capsys.readouterr().out == "  20 of 30 images, 1.0 images/s, 0 min 10 s left\n"
+
+
 def test_operations_by_hand():
     # A stem, a block of stride 2 and three channels, and a head for four classes.
     model = models.ResNet(models.Block, [(3, 1, 2)], 4, 2, 1, 1, {}).eval()
