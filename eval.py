@@ -65,13 +65,13 @@ def take(dataset, batch_size, images=None):
     n, done = min(images or math.inf, dataset.test_size()), 0
     start = printed = time.perf_counter()
     for x, y in dataset.test(batch_size):
-        # Images that only fill up the last batch have the label -1.
-        taken = min(n - done, (y >= 0).sum().item())
+        # What fills up the last batch is behind the n images that count.
+        taken = min(n - done, len(y))
         yield x[:taken], y[:taken]
         done += taken
         if done == n:
             return
-        # Here the batch has been computed. A CPU takes long for a large network.
+        # A CPU takes long for a large network.
         now = time.perf_counter()
         if now > printed + 10:
             printed, rate = now, done / (now - start)

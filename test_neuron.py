@@ -1859,8 +1859,9 @@ def test_a_long_evaluation_says_how_far_it_is(capsys, monkeypatch):
     ticks = iter(range(0, 100, 20))
     clock = types.SimpleNamespace(perf_counter=lambda: next(ticks))
     monkeypatch.setattr(evaluation, "time", clock)
-    images = np.zeros((45, 8, 8, 3), np.uint8), np.zeros(45)
-    dataset = data.Resident("black", images, images, ["0"], (0,) * 3, (1,) * 3)
+    images, labels = np.zeros((45, 8, 8, 3), np.uint8), np.zeros(45)
+    both = [(images, labels)] * 2
+    dataset = data.Resident("black", *both, ["0"], (0,) * 3, (1,) * 3)
     assert [len(x) for x, _ in evaluation.take(dataset, 20)] == [20, 20, 5]
     assert capsys.readouterr().out == ("  20 of 45 images, 1.0 images/s, 0 min 25 s left\n"
                                        "  40 of 45 images, 1.0 images/s, 0 min 05 s left\n")
