@@ -448,7 +448,7 @@ class Streamed:
         tree, size, whole = self.trees[1], self.size[0], batch_size * world
         # ImageNet's images are usually resized to 256 pixels and cut to 224. Others in proportion.
         tree.transform = fixed_crop(size, round(size * 256 / 224))
-        n = len(tree.samples)
+        n = self.test_size()
         # Nothing is drawn here, so every seed is 0.
         keys = [(i, 0) for i in range(n)] + [(-1, 0)] * (-n % whole)
         return self.normalised(tree, [keys[first:first + whole][rank::world]
