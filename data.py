@@ -85,6 +85,58 @@ def check_at_most(flag, n, most, what):
         raise UserError(f"{flag} {n} is more than the {most} {what}")
 
 
+# ---- Progress -----------------------------------------------------------------------------------
+
+def duration(seconds):
+    """Seconds as text: "1.6 h" or "12 min 05 s"."""
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s"
+
+
+class Pace:
+    """The speed of a long job of `total` items (a text: images, recordings), and its time left.
+
+        pace = Pace(len(files), "recordings")
+        for batch in batches:
+            ...
+            pace.count(len(batch))
+            if pace.due():
+                print(pace)
+    """
+
+    def __init__(self, total, items):
+        self.total, self.items, self.done = total, items, 0
+        self.start = self.printed = time.perf_counter()
+
+    def count(self, n):
+        if self.done == 0:
+            # The first batch may start worker processes or compile something: it is not timed.
+            self.first, self.after_first = n, time.perf_counter()
+        self.done += n
+
+    def rate(self):
+        """Items a second, of the first batch only where there is no other. Call count() first."""
+        now = time.perf_counter()
+        if self.done == self.first:
+            return self.done / (now - self.start)
+        return (self.done - self.first) / (now - self.after_first)
+
+    def due(self):
+        """Whether it is time for a line: true once every ten seconds."""
+        now = time.perf_counter()
+        if now < self.printed + 10:
+            return False
+        self.printed = now
+        return True
+
+    def __str__(self):
+        left = duration((self.total - self.done) / self.rate())
+        return (f"  {self.done:,d} of {self.total:,d} {self.items}, "
+                f"{self.rate():.1f} {self.items}/s, {left} left")
+
+
 # ---- Files --------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
