@@ -30,29 +30,24 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from neuron import TrLIF, compile_options
 
-ARCHS = ("resnet19", "resnet18", "resnet34", "sew_resnet18", "sew_resnet34", "spikformer")
+# The stages of each resnet: (channels for a stem of 64, blocks, stride of the first block).
+RESNETS = {
+    "resnet19": [(128, 3, 1), (256, 3, 2), (512, 2, 2)],
+    "resnet18": [(64, 2, 1), (128, 2, 2), (256, 2, 2), (512, 2, 2)],
+    "resnet34": [(64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)],
+}
+RESNETS["sew_resnet18"] = RESNETS["resnet18"]
+RESNETS["sew_resnet34"] = RESNETS["resnet34"]
+ARCHS = (*RESNETS, "spikformer")
 
 
 # ---- Parts --------------------------------------------------------------------------------------
-
-class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the channels of tokens [T*B, N, C]."""
-
-    def forward(self, x):
-        # BatchNorm1d wants [T*B*N, C].
-        return super().forward(x.flatten(0, 1)).view_as(x)
-
 
 def conv_bn(c_in, c_out, kernel, stride=1):
     """Convolution and BatchNorm: a layer's input current from the spikes that arrive."""
     # No bias, because BatchNorm has one.
     convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(c_out))
-
-
-def linear_bn(c_in, c_out):
-    """The same for tokens [T*B, N, C], with the bias that the published network has."""
-    return nn.Sequential(nn.Linear(c_in, c_out), TokenBatchNorm(c_out))
 
 
 def fire(neuron, x, T):
@@ -70,8 +65,8 @@ def input_current(stem, x, timesteps):
 
 
 class Add(nn.Module):
-    """Adds the spikes y of a layer to a residual stream x. It is a module because `fold` puts
-    another one in its place."""
+    """Adds the spikes y of a layer to a residual stream x. A module, so that `fold` can replace
+    it."""
 
     def forward(self, x, y):
         return x + y
@@ -86,14 +81,13 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**lif_options)
         self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**lif_options)
-        # An empty Sequential is the identity. A 1x1 convolution adapts the shape where it changes.
+        # A 1x1 convolution adapts the shape where it changes.
         same_shape = stride == 1 and c_in == c_out
-        self.shortcut = nn.Sequential() if same_shape else conv_bn(c_in, c_out, 1, stride)
+        self.shortcut = nn.Identity() if same_shape else conv_bn(c_in, c_out, 1, stride)
 
     def forward(self, x, T):
-        # The current of a layer is made of the spikes of the one before.
         y = fire(self.lif1, self.conv1(x), T)
-        # What is added are currents, so that what leaves the block is 0 or theta.
+        # The shortcut is added before the neurons, so each value that leaves is 0 or theta.
         return fire(self.lif2, self.conv2(y) + self.shortcut(x), T)
 
 
@@ -104,7 +98,7 @@ class SEWBlock(nn.Module):
         super().__init__()
         self.conv1, self.lif1 = conv_bn(c_in, c_out, 3, stride), TrLIF(**lif_options)
         self.conv2, self.lif2 = conv_bn(c_out, c_out, 3), TrLIF(**lif_options)
-        # Only where the shape changes is there a layer in the shortcut.
+        # Where the shape stays, the shortcut has no layer.
         self.shortcut, self.lif_shortcut = None, None
         if stride != 1 or c_in != c_out:
             self.shortcut, self.lif_shortcut = conv_bn(c_in, c_out, 1, stride), TrLIF(**lif_options)
@@ -115,7 +109,7 @@ class SEWBlock(nn.Module):
         y = fire(self.lif2, self.conv2(y), T)
         if self.shortcut is not None:
             x = fire(self.lif_shortcut, self.shortcut(x), T)
-        # What is added are spikes, so that the gradient has a way past the neurons.
+        # The shortcut is added after the neurons, so the gradient has a way past them.
         return self.join(x, y)
 
 
@@ -126,7 +120,7 @@ class ResNet(nn.Module):
                  lif_options, imagenet=False):
         super().__init__()
         self.timesteps = timesteps
-        # Images of 224 pixels are large. Stem and pooling leave a sixteenth of the places.
+        # Images of 224 pixels are large: stem and pooling quarter their side.
         kernel, stride = (7, 2) if imagenet else (3, 1)
         self.stem = conv_bn(in_channels, width, kernel, stride)
         self.lif = TrLIF(**lif_options)
@@ -138,17 +132,16 @@ class ResNet(nn.Module):
                 # The first block of a stage halves the side.
                 self.blocks.append(block(c_in, c_out, stride if i == 0 else 1, lif_options))
                 c_in = c_out
-        # The head reads the mean over places, whatever their number is.
         self.head = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
-        # The current is [T, B, C, H, W]. Behind the first neurons it is [T*B, C, H, W].
         x = input_current(self.stem, x, self.timesteps)
         T = x.shape[0]
+        # From here on x is [T*B, C, H, W].
         x = self.pool(self.lif(x).flatten(0, 1))
         for block in self.blocks:
             x = block(x, T)
-        # Logits for each step.
+        # The head reads the mean over places and gives logits for each step.
         return self.head(x.mean((2, 3))).unflatten(0, (T, -1))
 
 
@@ -159,10 +152,14 @@ class LinearLIF(nn.Module):
 
     def __init__(self, c_in, c_out, lif_options):
         super().__init__()
-        self.linear, self.lif = linear_bn(c_in, c_out), TrLIF(**lif_options)
+        # With a bias, as in the published network.
+        self.linear = nn.Sequential(nn.Linear(c_in, c_out), nn.BatchNorm1d(c_out))
+        self.lif = TrLIF(**lif_options)
 
     def forward(self, x, T):
-        return fire(self.lif, self.linear(x), T)
+        # BatchNorm1d takes each token as a sample: [T*B, N, C] -> [T*B*N, C] and back.
+        current = self.linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return fire(self.lif, current, T)
 
 
 class SpikingSelfAttention(nn.Module):
@@ -173,7 +170,7 @@ class SpikingSelfAttention(nn.Module):
         self.heads = heads
         # Queries, keys, values and the output are spikes.
         self.q, self.k, self.v, self.out = (LinearLIF(dim, dim, lif_options) for _ in range(4))
-        # Behind the product the published threshold is half as high.
+        # The neurons that take the product have half the threshold, as published.
         half = 0.5 * lif_options.get("threshold", 1.0)
         self.lif = TrLIF(**{**lif_options, "threshold": half})
 
@@ -190,7 +187,7 @@ class SpikingSelfAttention(nn.Module):
 
 
 class SpikingMLP(nn.Module):
-    """Two layers on each token, with four times the channels in between."""
+    """Two layers for each token, with four times the channels in between."""
 
     def __init__(self, dim, lif_options):
         super().__init__()
@@ -202,7 +199,7 @@ class SpikingMLP(nn.Module):
 
 
 def tokens(x):
-    """Places as tokens: [T*B, D, H, W] -> [T*B, H*W, D]."""
+    """Each place becomes a token: [T*B, D, H, W] -> [T*B, H*W, D]."""
     return x.flatten(2).transpose(1, 2)
 
 
@@ -213,16 +210,14 @@ class Spikformer(nn.Module):
                  heads=12):
         super().__init__()
         self.timesteps = timesteps
-        # Each convolution doubles the channels, until they are those of a token.
+        # Three times the channels double, from an eighth of a token's to all of them.
         dim = 6 * width
         channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
         self.patches = nn.ModuleList(conv_bn(a, b, 3) for a, b in zip(channels, channels[1:]))
-        # Each of the five convolutions has a neuron layer behind it.
         self.lifs = nn.ModuleList(TrLIF(**lif_options) for _ in self.patches)
-        # The third and the fourth stage halve the side, so that 32x32 pixels become 8x8 tokens.
+        # The third and fourth stage halve the side, so 32x32 pixels become 8x8 tokens.
         pools = [nn.Identity(), nn.Identity(), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)]
         self.pools = nn.ModuleList(pools)
-        # Each block is an attention and an MLP.
         self.attention = nn.ModuleList(SpikingSelfAttention(dim, heads, lif_options)
                                        for _ in range(depth))
         self.mlp = nn.ModuleList(SpikingMLP(dim, lif_options) for _ in range(depth))
@@ -247,7 +242,7 @@ class Spikformer(nn.Module):
 
 # ---- Building -----------------------------------------------------------------------------------
 
-def build(arch, num_classes, timesteps, in_channels=3, width=64, start="published",
+def build(arch, num_classes, timesteps, in_channels=3, width=64, init="published",
           **lif_options):
     """Build a network.
 
@@ -256,45 +251,38 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
     in_channels     3 for colour images, 2 for event frames
     width           the stem's channels in a resnet, a sixth of the embedding in spikformer (a
                     multiple of 4): 64 is the published network, 8 one for a small machine
-    start           how weights start. "published": PyTorch's own way; in the ImageNet resnets
-                    kaiming_normal (fan_out) and a head of normal(0, 0.01), as published.
+    init            how weights are initialised. "published": as PyTorch does; in the ImageNet
+                    resnets kaiming_normal (fan_out) and a head of normal(0, 0.01), as published.
                     "kaiming": kaiming_normal (fan_out) in every convolution
     lif_options     handed to every TrLIF, see there
 
     forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for
     values that are out of range.
     """
-    # Said here, because the errors of the layers would be hard to understand.
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
-    if start not in ("published", "kaiming"):
-        raise ValueError(f"start must be 'published' or 'kaiming', not {start!r}")
+    if init not in ("published", "kaiming"):
+        raise ValueError(f"init must be 'published' or 'kaiming', not {init!r}")
     if min(num_classes, timesteps, in_channels, width) < 1:
         raise ValueError(f"num_classes {num_classes}, timesteps {timesteps}, in_channels "
                          f"{in_channels} and width {width} must be at least 1")
+    if arch == "spikformer" and width % 4:
+        raise ValueError(f"spikformer's width must be a multiple of 4, not {width}: 12 heads "
+                         "share 6 * width channels, the first convolution has an eighth")
     common = num_classes, timesteps, in_channels, width, lif_options
+    imagenet = arch not in ("resnet19", "spikformer")
     if arch == "spikformer":
-        if width % 4:
-            raise ValueError(f"spikformer's width must be a multiple of 4, not {width}: 12 heads "
-                             "share 6 * width channels, the first convolution has an eighth")
         model = Spikformer(*common)
-    elif arch == "resnet19":
-        # With width 64 these are 128, 256 and 512 channels.
-        model = ResNet(Block, [(2 * width, 3, 1), (4 * width, 3, 2), (8 * width, 2, 2)], *common)
     else:
         block = SEWBlock if arch.startswith("sew") else Block
-        blocks = (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3)
-        # Each stage but the first has twice the channels and half the side.
-        stages = [(width, blocks[0], 1)]
-        stages += [(width * 2 ** i, blocks[i], 2) for i in (1, 2, 3)]
-        model = ResNet(block, stages, *common, imagenet=True)
-    # So far all weights have been started in PyTorch's own way.
-    imagenet = arch not in ("resnet19", "spikformer")
-    if start == "kaiming" or imagenet:
+        stages = [(channels * width // 64, *others) for channels, *others in RESNETS[arch]]
+        model = ResNet(block, stages, *common, imagenet)
+    # PyTorch has initialised all weights in its own way.
+    if init == "kaiming" or imagenet:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    if start == "published" and imagenet:
+    if init == "published" and imagenet:
         nn.init.normal_(model.head.weight, 0, 0.01)
         nn.init.zeros_(model.head.bias)
     return model
@@ -302,20 +290,20 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, start="publishe
 
 @torch.no_grad()
 def scale_currents(model, threshold):
-    """Multiply every BatchNorm's weight, 1 at the start, by theta, in place (as threshold-dependent
+    """Multiply every BatchNorm's weight, initially 1, by theta, in place (as threshold-dependent
     BatchNorm does, Zheng et al. 2021).
 
-    Currents and thresholds then scale alike, so that a network of TrSG layers computes the same
-    from whatever theta it starts. Not so in spikformer's attention, which multiplies three spikes.
+    Currents and thresholds then scale alike, so an untrained network of TrSG layers computes the
+    same for every theta. Spikformer does not, because its attention multiplies three spikes.
     """
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
             module.weight *= threshold
 
 
 def compile_model(model, **options):
     """Fuse the whole network with torch.compile, in place, and return it: BatchNorm, shortcuts
-    and neurons share kernels. Takes minutes once, and again for evaluation."""
+    and neurons share kernels. The first call takes minutes, in training and in evaluation."""
     # With dynamic=False each shape gets a kernel of its own, which is faster than a shared one.
     model.compile(dynamic=False, options=compile_options(), **options)
     return model
@@ -324,8 +312,8 @@ def compile_model(model, **options):
 # ---- Folding: a network for inference whose spikes are all 1 -------------------------------------
 
 class Concatenate(nn.Module):
-    """In a folded network in the place of Add. It puts streams side by side along dim, so that the
-    next layer can have weights of its own for each."""
+    """Replaces Add in a folded network. Streams lie side by side along dim, and the next layer has
+    weights for each."""
 
     def __init__(self, dim):
         super().__init__()
@@ -336,8 +324,7 @@ class Concatenate(nn.Module):
 
 
 class Scale(nn.Module):
-    """In a folded network in the place of a plain shortcut, whose spikes count theta each: one
-    connection of this weight per neuron."""
+    """Replaces a plain shortcut in a folded network: one connection of weight theta per neuron."""
 
     def __init__(self, weight):
         super().__init__()
@@ -350,12 +337,12 @@ class Scale(nn.Module):
 def synapses(model):
     """[(layer, sources)] in the order of computation: which spikes reach which weights.
 
-    layer    a Sequential of convolution or linear layer and BatchNorm, the head, or the empty
-             Sequential of a plain shortcut
+    layer    a convolution or linear layer with its BatchNorm (a Sequential), the head, or the
+             Identity of a plain shortcut. In a folded network the layer that replaces it
     sources  the TrLIF layers whose spikes arrive there, added up; [] for the input
     """
     if isinstance(model, Spikformer):
-        # The stream gets another source with each layer that is added to it.
+        # Each layer that is added to the stream becomes one of its sources.
         found = [(model.patches[0], [])]
         found += [(model.patches[i], [model.lifs[i - 1]]) for i in range(1, 5)]
         stream = [model.lifs[3], model.lifs[4]]
@@ -373,7 +360,7 @@ def synapses(model):
         # The first convolution reads the stream, the second the neurons behind the first.
         found += [(block.conv1, stream), (block.conv2, [block.lif1])]
         if isinstance(block, SEWBlock):
-            # Spikes are added to what came over the shortcut.
+            # The block adds its spikes to what came over the shortcut.
             beside = stream if block.shortcut is None else [block.lif_shortcut]
             stream = beside + [block.lif2]
         else:
@@ -384,36 +371,31 @@ def synapses(model):
 def pooling(model):
     """[(neuron layer, the pooling through which its spikes leave)], for counting what arrives."""
     if isinstance(model, Spikformer):
-        # The fifth neuron layer has no pooling behind it.
+        # No pooling follows the fifth neuron layer.
         return list(zip(model.lifs[:4], model.pools))
     return [(model.lif, model.pool)]
 
 
 def spike_height(neuron):
-    """theta, or 1 for neurons of the naive form, which emit s."""
-    # A tensor in both cases, so that products of heights stay on the device.
+    """The value of a spike, a 0-d tensor: theta, or 1 for neurons of the naive form."""
     threshold = neuron.threshold
     return threshold if neuron.surrogate == "trsg" else torch.ones_like(threshold)
 
 
-def folded_weights(layer, sources):
-    """A layer's weights when its sources emit 0 or 1, side by side, and BatchNorm is a constant:
-    weight [C_out, C_in * sources, ...] and bias [C_out]."""
+def folded_layer(layer, sources):
+    """The layer that takes spikes of 0 or 1, those of all sources side by side, and has BatchNorm
+    in its weights."""
+    if isinstance(layer, nn.Identity):
+        return Scale(spike_height(sources[0]))
     linear, *norms = layer if isinstance(layer, nn.Sequential) else [layer]
-    # W (theta_1 s_1 + theta_2 s_2) = [theta_1 W, theta_2 W] [s_1, s_2].
-    # The input is taken as it is.
+    # W (theta_1 s_1 + theta_2 s_2) = [theta_1 W, theta_2 W] [s_1, s_2]. The input stays as it is.
     heights = [spike_height(neuron) for neuron in sources] or [1.0]
     weight, bias = torch.cat([linear.weight * height for height in heights], 1), linear.bias
     fuse = fuse_linear_bn_weights if isinstance(linear, nn.Linear) else fuse_conv_bn_weights
-    # In evaluation BatchNorm multiplies and adds constants. The head has no BatchNorm.
+    # In evaluation BatchNorm multiplies and adds constants. The head has none.
     for norm in norms:
         weight, bias = fuse(weight, bias, norm.running_mean, norm.running_var, norm.eps,
                             norm.weight, norm.bias)
-    return weight, bias
-
-
-def with_weights(linear, weight, bias):
-    """A convolution or linear layer like `linear`, with other weights."""
     if isinstance(linear, nn.Linear):
         new = nn.Linear(weight.shape[1], weight.shape[0])
     else:
@@ -429,7 +411,7 @@ def divide_threshold(attention):
     """Let q k^T v be computed from spikes of height 1 instead of theta_q, theta_k, theta_v."""
     neuron = attention.lif
     scale = math.prod(spike_height(part.lif) for part in (attention.q, attention.k, attention.v))
-    # The current gets smaller by the product of the heights. If start and threshold do, too, the
+    # The current shrinks by the product of the heights. If v_init and threshold do as well, the
     # spikes stay the same.
     neuron.v_init /= scale
     threshold = neuron.threshold / scale
@@ -441,35 +423,29 @@ def divide_threshold(attention):
 def fold(model):
     """A copy of a network for inference: spikes are 0 or 1, no BatchNorm. Same predictions.
 
-    A neuron that emits theta s into weights W does what one does that emits s into theta W. So
-    every neuron layer emits 0 or 1, its threshold only deciding when, and the weights behind it
-    take theta. BatchNorm, a fixed scale and shift here, goes into the weights before it. Where
-    a residual stream adds spikes of different thetas, which no common weight can absorb, the
-    spikes of each source stay apart and meet weights of their own: more memory, but as many
-    spikes, each meeting one weight per connection. The head reads means over places: 1 / places
-    counts as part of its weights.
+    A neuron that emits theta s into weights W does the same as one that emits s into theta W. So
+    neurons emit 0 or 1, and the weights that follow take theta. BatchNorm, a fixed scale and shift
+    in evaluation, goes into the weights before it. Where a residual stream adds spikes of
+    different thetas, no common weight can absorb them: the spikes of each source stay apart and
+    have weights of their own. That takes more memory, but no more spikes, and each spike still
+    meets one weight per connection. The head reads means over places: 1 / places counts as part
+    of its weights.
     """
     model = copy.deepcopy(model).eval()
+    names = {module: name for name, module in model.named_modules()}
     # Weights come first, because they need the thresholds as they were.
     for layer, sources in synapses(model):
-        if layer is model.head:
-            model.head = with_weights(layer, *folded_weights(layer, sources))
-        elif len(layer) == 0:
-            # A plain shortcut is an empty Sequential.
-            layer.append(Scale(spike_height(sources[0])))
-        else:
-            layer[0] = with_weights(layer[0], *folded_weights(layer, sources))
-            layer[1] = nn.Identity()
-    # Streams are no longer added up but put side by side, as channels of images or of tokens.
+        model.set_submodule(names[layer], folded_layer(layer, sources))
     for module in list(model.modules()):
+        # Streams are no longer added up but put side by side, as channels of images or of tokens.
         if isinstance(module, SEWBlock):
             module.join = Concatenate(1)
         elif isinstance(module, Spikformer):
             module.join = Concatenate(2)
         elif isinstance(module, SpikingSelfAttention):
             divide_threshold(module)
-    # Neurons of this form emit s. Their threshold only decides when.
     for module in model.modules():
+        # Neurons of the naive form emit s. Their threshold only decides when.
         if isinstance(module, TrLIF):
             module.surrogate = "absolute"
     return model

@@ -7,6 +7,7 @@ was not interrupted.
 import copy
 import functools
 import http.server
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -100,9 +101,8 @@ def fused(monkeypatch):
     """Fuse however small the input is, and fail where a layer falls back to the plain loop."""
     monkeypatch.setattr(neuron, "COMPILE", True)
     monkeypatch.setattr(neuron, "CPU_COMPILE_FROM", 0)
-    monkeypatch.setattr(neuron, "FAILED", set())
     yield
-    assert neuron.COMPILE and not neuron.FAILED, "compiling failed: the plain loop ran"
+    assert neuron.COMPILE, "compiling failed: the plain loop ran"
 
 
 # ---- neuron --------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def oracle(x, g, v, theta, k, surrogate):
         h[t] = v + k * (x[t] - v)
         s[t] = h[t] >= theta
         v = h[t] - theta * s[t]
-    # What training takes for the derivatives of s: they are not 0 in a window around theta.
+    # The surrogate derivatives of s are not 0 in a window around theta, whose edges belong to it.
     if surrogate == "trsg":
         # TrSG: s depends on the ratio r = h / theta, so the window is as wide as theta, and the
         # chain rule gives ds/dh = ds/dr / theta and ds/dtheta = -ds/dr h / theta^2.
@@ -195,9 +195,8 @@ def check_against_oracle(layer, T, dtype, tolerance, shape=(3, 2, 4, 5), layout=
 
 @pytest.mark.parametrize("mp_init", ["active", "all", "off"])
 @pytest.mark.parametrize("surrogate", ["trsg", "absolute"])
-@pytest.mark.parametrize("tau", [1.25, 2, 5])
-@pytest.mark.parametrize("theta", [0.25, 1, 2.5])
-@pytest.mark.parametrize("T", [1, 2, 4, 6])
+@pytest.mark.parametrize("theta, tau", [(0.25, 5), (2.5, 1.25)])
+@pytest.mark.parametrize("T", [1, 5])
 def test_outputs_and_gradients_equal_the_oracle(T, theta, tau, surrogate, mp_init):
     check_against_oracle(TrLIF(theta, tau, mp_init, surrogate), T, torch.float64, 1e-12)
 
@@ -281,10 +280,11 @@ def test_v_init_is_saved_and_moved_by_batches_in_training_alone():
     layer(x)
     learnt = layer.v_init.clone()
     assert learnt > 0
-    # A single bad current is enough to spoil the mean.
+    # A single bad current would spoil the mean. It gives a bad spike, and the mean stays.
     for bad in (math.inf, -math.inf, math.nan):
-        layer(torch.cat([x, torch.full((2, 1), bad)], 1))
+        spikes = layer(torch.cat([x, torch.full((2, 1), bad)], 1))
         assert layer.v_init == learnt
+        assert spikes[:, :5].isfinite().all() and spikes[:, 5].isnan().all()
     layer.eval()(x)
     restored.load_state_dict(layer.state_dict())
     assert layer.v_init == learnt and restored.v_init == learnt
@@ -310,9 +310,15 @@ def test_fixed_neurons_do_not_learn():
 
 @pytest.mark.parametrize("theta, tau", [(1e-3, 1.001), (1.0, 2.0), (50.0, 1000.0)])
 def test_threshold_and_tau_start_where_asked(theta, tau):
-    # Numbers of NumPy are float64, but must not make the layer float64.
-    layer = TrLIF(np.float64(theta), np.float64(tau))
+    # The way large models are built: shapes first, then memory, then values. NumPy's numbers are
+    # float64, but must not make the layer float64.
+    with torch.device("meta"):
+        layer = TrLIF(np.float64(theta), np.float64(tau))
+    assert "trsg" in repr(layer)
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
     assert {value.dtype for value in layer.state_dict().values()} == {torch.float32}
+    assert layer.v_init == 0
     layer.double()
     assert layer.threshold.item() == pytest.approx(theta, rel=1e-5)
     assert layer.tau.item() == pytest.approx(tau, rel=1e-3)
@@ -348,25 +354,104 @@ def test_the_fused_loop_keeps_its_input_only_and_sums_over_rows_are_sums_over_th
         kept.append(tensor)
         return tensor
 
-    loop = neuron.lif_and_mean_recomputed
+    loop = neuron.lif_and_sums_recomputed
     for function, rows in ((loop, 1), (loop, 8), (loop, 96), (neuron.compiled(loop), 8)):
         kept.clear()
         inputs = [tensor.clone().requires_grad_() for tensor in (x.view(2, rows, -1), theta, k)]
         # torch calls `keep` with each tensor that it saves for the backward pass.
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            spikes, mean = function(inputs[0], start, *inputs[1:], "trsg", "active", False)
+            spikes, sums = function(inputs[0], start, *inputs[1:], "trsg", "active")
         besides = [tensor for tensor in kept if tensor.data_ptr() != inputs[0].data_ptr()]
         # The start, and a threshold and a decay for each row. No potentials of neurons.
         assert sum(tensor.numel() for tensor in besides) <= 1 + 2 * rows
         gx, gtheta, gk = torch.autograd.grad(spikes, inputs, g.view(2, rows, -1))
-        results.append((spikes.flatten(), mean, gx.flatten(), gtheta, gk))
-    # Were nothing to fire, the mean would stay at the start.
-    assert results[0][1] != start and results[0][3] != 0
+        results.append((spikes.flatten(), sums, gx.flatten(), gtheta, gk))
+    # Some neurons fire.
+    assert results[0][1][1] > 0 and results[0][3] != 0
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)
 
 
-# From here on: what TrLIF's docstring says of limits.
+@pytest.fixture
+def compilations(fused):
+    """Forget what was compiled. Returns a function: how many graphs were compiled since."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    neuron.compiled.cache_clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    neuron.compiled.cache_clear()
+
+
+@pytest.fixture
+def captures(compilations, monkeypatch):
+    """The same without generating code: for tests of what is fused, not of what comes out."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiler(f, dynamic=True, backend="eager"))
+    return compilations
+
+
+def assert_still_fused(captures):
+    before = captures()
+    # Each T makes a graph of its own, unless the loop runs eagerly.
+    for T in (2, 3):
+        TrLIF()(torch.randn(T, 3, 5))
+    assert captures() == before + 2
+
+
+@pytest.mark.parametrize("T, dtype", [(2, torch.float32), (2, torch.bfloat16), (20, torch.float32)])
+@pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "nhwc"])
+def test_changing_the_current_before_the_backward_pass_is_an_error(fused, T, dtype, layout):
+    layer, base = TrLIF(), layout(torch.randn(T, 2, 4, 5, 6)).to(dtype)
+
+    def gradients(change_current, change_spikes):
+        weight = torch.ones((), dtype=dtype, requires_grad=True)
+        layer.eval().zero_grad()
+        current = base * weight
+        spikes = layer(current)
+        change_current(current)
+        change_spikes(spikes)
+        spikes.sum().backward()
+        return weight.grad, layer.raw_threshold.grad, layer.raw_decay.grad
+
+    def nothing(_):
+        pass
+
+    # Changing the spikes is fine.
+    expected = gradients(nothing, nothing)
+    assert gradients(nothing, lambda spikes: spikes.add_(1)) == expected
+    for change in (lambda x: x.add_(3), lambda x: F.relu(x, inplace=True), lambda x: x[0].zero_()):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(change, nothing)
+
+
+def test_inference_mode_leaves_a_layer_that_can_be_trained(fused):
+    layer, x = TrLIF(), torch.randn(2, 64, 90)
+    with torch.inference_mode():
+        # Statistics can be estimated again this way, and currents can be computed in advance.
+        layer(x)
+        cached = x.clone()
+    assert layer.v_init != 0
+    layer.load_state_dict(layer.state_dict())
+    gradients = []
+    for current in (x, cached):
+        layer.eval().zero_grad()
+        layer(current).square().sum().backward()
+        gradients.append(layer.raw_threshold.grad.item())
+    assert gradients[0] == gradients[1] != 0
+
+
+def test_functorch_transforms_work_in_evaluation(captures):
+    layer, x = TrLIF().eval(), 2 * torch.randn(3, 5, 2)
+    gradient = torch.func.grad(lambda current: layer(current).sum())(x)
+    check = x.clone().requires_grad_()
+    assert torch.equal(gradient, torch.autograd.grad(layer(check).sum(), check)[0])
+    assert torch.equal(torch.func.vmap(layer, 2, 2)(x), layer(x))
+    # In training they would lose v_init, so torch refuses.
+    with pytest.raises(RuntimeError, match="functorch|vmap|transform"):
+        torch.func.vmap(layer.train(), 2, 2)(x)
+    assert_still_fused(captures)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_an_error_in_training_only(mode, reentrant):
     def check_checkpointed(layer):
@@ -393,44 +478,6 @@ def test_second_derivatives_equal_differences_of_first_ones():
     assert torch.autograd.gradcheck(first_derivative, layer.raw_decay, rtol=1e-6, atol=1e-8)
 
 
-def test_second_derivatives_fail_fused(fused):
-    x = torch.randn(2, 5000, requires_grad=True)
-    gradient = torch.autograd.grad(TrLIF()(x).sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradient.square().sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_fully_sharded_training_takes_the_layer_with_its_scalars_ignored(tmp_path):
-    # A group of one process shards all the same.
-    group = dict(init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    torch.distributed.init_process_group("gloo", **group)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        shard = torch.distributed.fsdp.fully_shard
-        with pytest.raises(ValueError, match="scalar parameters"):
-            shard(TrLIF(), mesh=mesh)
-        model = nn.Sequential(nn.Linear(4, 50), TrLIF())
-        shard(model, mesh=mesh, ignored_params={model[1].raw_threshold, model[1].raw_decay})
-        model(5 * torch.randn(3, 8, 4)).sum().backward()
-        assert model[1].raw_threshold.grad != 0 and model[1].v_init != 0
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-# At -89 the quotient 1 / theta is above the largest number of float32, at -104 theta itself is 0.
-UNDERFLOW = [(-88, True, True), (-89, True, False), (-103, True, False), (-104, False, False)]
-
-
-@pytest.mark.parametrize("raw, positive, finite", UNDERFLOW)
-def test_thresholds_underflow_where_the_docstring_says(raw, positive, finite):
-    layer = TrLIF()
-    nn.init.constant_(layer.raw_threshold, raw)
-    layer(torch.randn(3, 50)).sum().backward()
-    assert (layer.threshold > 0) == positive
-    assert layer.raw_threshold.grad.isfinite() == finite
-
-
 BAD_USE = [
     (lambda: TrLIF(threshold=0), "threshold must be above 0"),
     (lambda: TrLIF(threshold=math.nan), "threshold must be above 0"),
@@ -441,7 +488,6 @@ BAD_USE = [
     (lambda: TrLIF()(torch.ones(2, 3, dtype=torch.int64)), "floating-point"),
     (lambda: TrLIF()(torch.ones(3)), r"\[T, B, ...\]"),
     (lambda: TrLIF()(torch.ones(0, 3)), "T >= 1"),
-    (lambda: TrLIF(check=True)(torch.tensor([[1.0, math.nan]])), "NaN or infinity"),
     (lambda: models.build("alexnet", 10, 1), "unknown arch 'alexnet'"),
     (lambda: models.build("resnet19", 0, 1), "num_classes"),
     (lambda: models.build("resnet19", 10, 0), "timesteps"),
@@ -462,24 +508,6 @@ def test_the_file_works_without_its_second_part():
     exec((HERE / "neuron.py").read_text().split("\n# ---- Speed")[0], method)
     method["COMPILE"] = False
     check_against_oracle(method["TrLIF"](), 4, torch.float64, 1e-12)
-
-
-@pytest.fixture
-def compilations(fused):
-    """Forget what was compiled. Returns a function: how many graphs were compiled since."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    neuron.compiled.cache_clear()
-    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    neuron.compiled.cache_clear()
-
-
-@pytest.fixture
-def captures(compilations, monkeypatch):
-    """The same without generating code: for tests of what is fused, not of what comes out."""
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compiler(f, dynamic=True, backend="eager"))
-    return compilations
 
 
 # The resnet has 17 layers of 5 shapes, spikformer 33 layers whose currents are views of many kinds.
@@ -514,14 +542,6 @@ def test_long_sequences_run_fused_in_pieces(compilations, monkeypatch):
     assert compilations() <= 3
 
 
-def assert_still_fused(captures):
-    before = captures()
-    # Each T makes a graph of its own, unless the loop runs operation by operation.
-    for T in (2, 3):
-        TrLIF()(torch.randn(T, 3, 5))
-    assert captures() == before + 2
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_the_layer_can_be_traced_and_fusing_stays_on(captures):
     layer, x = TrLIF().eval(), torch.randn(4, 16, 64)
@@ -535,35 +555,24 @@ def test_the_layer_can_be_traced_and_fusing_stays_on(captures):
     assert_still_fused(captures)
 
 
+def test_a_mistake_of_the_caller_leaves_the_fused_loop_on(captures):
+    # A layer on another device than its input is a mistake with and without a compiler.
+    with pytest.raises(RuntimeError, match="meta"):
+        TrLIF().to("meta")(torch.randn(3, 5, 2))
+    assert_still_fused(captures)
+
+
 def test_what_cannot_be_compiled_runs_plain_with_one_warning(captures, monkeypatch):
-    run_compiled = neuron.run_compiled
+    def broken(*_):
+        raise RuntimeError("no compiler here\nand much more")
 
-    def broken_for_four_steps(x, *arguments):
-        if len(x) == 4:
-            raise RuntimeError("no compiler here\nand much more")
-        return run_compiled(x, *arguments)
-
-    monkeypatch.setattr(neuron, "run_compiled", broken_for_four_steps)
+    monkeypatch.setattr(neuron, "run_compiled", broken)
     # The first line of the error is enough, and later calls do not try again.
     with pytest.warns(UserWarning, match="no compiler here$") as caught:
         check_against_oracle(TrLIF(), 4, torch.float64, 1e-12)
-    assert len(caught) == 1
-    # The fixture `fused` asks that nothing is left here.
-    neuron.FAILED.clear()
-    assert_still_fused(captures)
-
-
-def test_uses_that_fail_leave_the_fused_loop_on(captures):
-    for training in (True, False):
-        layer, x = TrLIF().train(training), torch.randn(3, 5, 2)
-        with pytest.raises(RuntimeError, match="functorch"):
-            torch.func.grad(lambda x: layer(x).sum())(x)
-        with pytest.raises(RuntimeError, match="functorch"):
-            torch.func.vmap(layer, 2, 2)(x)
-        # A layer on another device than its input is a mistake with and without a compiler.
-        with pytest.raises(RuntimeError, match="meta"):
-            layer.to("meta")(x)
-    assert_still_fused(captures)
+    assert len(caught) == 1 and not neuron.COMPILE
+    # The fixture `fused` asks for this.
+    neuron.COMPILE = True
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -625,8 +634,8 @@ def test_the_authors_trajectory_is_followed_to_rounding():
     rng = np.random.default_rng(12)
     x = torch.from_numpy(rng.standard_normal((5, 4, 3, 16, 16)))
     y = torch.from_numpy(rng.integers(0, 100, (5, 4)))
-    settings, _ = train.parse(["--arch", "resnet19", "--dataset", "cifar100"])
-    optimizer = train.make_optimizer(model, train.with_recipe(settings))
+    settings = settings_of("--arch", "resnet19", "--dataset", "cifar100")
+    optimizer = train.make_optimizer(model, settings)
     losses = train_and_log(model, optimizer, zip(x, y))
     with torch.no_grad():
         logits = model.eval()(x[0])[..., :10]
@@ -647,13 +656,13 @@ def test_the_authors_trajectory_is_followed_to_rounding():
 
 
 @pytest.mark.parametrize("arch", ["resnet19", "resnet18", "sew_resnet18"])
-def test_weights_start_as_published(arch):
+def test_weights_are_initialised_as_published(arch):
     torch.manual_seed(0)
     model, imagenet = models.build(arch, 1000, timesteps=1, width=16), arch != "resnet19"
     for layer in weighted(model):
         weight = layer.weight.detach()
         if not imagenet:
-            # PyTorch's start: uniform up to 1 / sqrt(fan_in), whose deviation is sqrt(3) smaller.
+            # PyTorch's own way: uniform up to 1 / sqrt(fan_in), whose deviation is sqrt(3) smaller.
             bound = 1 / math.sqrt(weight[0].numel())
             deviation = bound / math.sqrt(3)
             assert weight.abs().max() <= bound * (1 + 1e-6)
@@ -668,9 +677,9 @@ def test_weights_start_as_published(arch):
     assert ((model.head.bias == 0) == imagenet).all()
 
 
-# A side of 28 pixels is halved to an odd number, 48 is that of recordings, 224 that of ImageNet.
+# A side of 28 pixels is halved to an odd number, 224 is that of ImageNet.
 @pytest.mark.parametrize("arch", models.ARCHS)
-@pytest.mark.parametrize("T, size", [(1, 28), (4, 48), (1, 224)])
+@pytest.mark.parametrize("T, size", [(4, 28), (1, 224)])
 def test_networks_run_forward_and_backward(arch, T, size):
     static = models.build(arch, 7, T, width=4)
     logits = static(torch.randn(2, 3, size, size))
@@ -811,7 +820,7 @@ SHALLOW = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", SHALLOW)
-def test_folded_networks_can_be_exported_for_any_batch_size(kind):
+def test_folded_networks_can_be_exported_for_any_batch_size(kind, tmp_path):
     torch.manual_seed(0)
     # With low thresholds something fires in front of the head.
     common = dict(num_classes=10, timesteps=2, in_channels=3, width=4)
@@ -829,6 +838,47 @@ def test_folded_networks_can_be_exported_for_any_batch_size(kind):
             torch.testing.assert_close(logits, model.eval()(x), rtol=1e-4, atol=1e-5)
             # Images of different pixels must not all get the same logits.
             assert torch.equal(logits, folded(x)) and (logits - logits[:, :1]).any()
+    # The same through ONNX, where that is installed.
+    if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+        torch.onnx.export(folded, (x,), tmp_path / "net.onnx", dynamo=True, dynamic_shapes=(batch,))
+        session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+        x = torch.randn(5, 3, 16, 16)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(logits, folded(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+# Image sizes one after the other, as in training with varying resolution. On the meta device, which
+# has no values, networks and layers take the way of a GPU.
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_networks_compile_in_one_graph_for_changing_shapes(fused, device, dynamic):
+    network = SHALLOW["resnet"](10, 2, 3, 4, {}).to(device)
+    # fullgraph makes a graph break an error.
+    how = dict(dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(network, backend="aot_eager", **how)
+    for side in (16, 20, 24):
+        compiled(torch.randn(2, 3, side, side, device=device)).sum().backward()
+    layer = torch.compile(TrLIF().to(device).eval(), backend="aot_eager", **how)
+    for batch in (3, 5, 7):
+        layer(torch.randn(4, batch, 8, 6, 6, device=device))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_with_a_free_batch_size_on_the_way_of_a_gpu(fused):
+    for module, shape, dim in ((SHALLOW["resnet"](10, 2, 3, 4, {}), (4, 3, 16, 16), 0),
+                               (TrLIF(), (2, 4, 3, 16, 16), 1)):
+        x = torch.randn(shape, device="meta")
+        batch = {dim: torch.export.Dim("batch")}
+        torch.export.export(module.to("meta").eval(), (x,), dynamic_shapes=(batch,))
+
+
+def test_networks_take_synchronised_batchnorm():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(models.build("spikformer", 10, 2, width=4))
+    assert model.eval()(torch.randn(2, 3, 16, 16)).shape == (2, 2, 10)
+    models.scale_currents(model, 3.0)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(weights) == 29 and all((weight == 3).all() for weight in weights)
 
 
 # The layer takes the place of another library's neuron in that library's networks.
