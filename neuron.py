@@ -230,9 +230,14 @@ class TrLIF(nn.Module):
             dist.all_reduce(sums)
         total, count = sums
         m = total / count
-        mu = self.v_init.to(m.dtype).lerp(m, self.momentum)
+        mu = self.v_init.to(m.dtype).lerp(m, self.momentum).to(self.v_init.dtype)
         # Where no neuron fired, or a potential is NaN or infinite, mu stays.
-        self.v_init.copy_(torch.where(m.isfinite(), mu, self.v_init))
+        mu = torch.where(m.isfinite(), mu, self.v_init)
+        if torch.compiler.is_compiling():
+            # A new tensor, because the compiled backward pass may read the old one again.
+            self.v_init = mu
+        else:
+            self.v_init.copy_(mu)
 
     def extra_repr(self):
         text = f"mp_init={self.mp_init!r}, surrogate={self.surrogate!r}"
