@@ -26,8 +26,7 @@ import re
 import signal
 import tempfile
 import time
-import typing
-import warnings
+import types
 import zipfile
 import zlib
 
@@ -414,7 +413,7 @@ def load_folder(root, size, workers):
 class Streamed:
     """Image folders decoded by worker processes, in batches as Resident's."""
 
-    def __init__(self, name, root, image_size, mean, std, workers=2):
+    def __init__(self, name, root, image_size, mean, std, workers):
         self.name, self.size, self.workers = name, (image_size, image_size), workers
         self.mean, self.std, self.device = mean, std, torch.device("cpu")
         self.channels, self.frames, self.split = 3, None, None
@@ -435,7 +434,7 @@ class Streamed:
     def limit(self, n):
         check_at_most("--limit", n, len(self), "training images of " + self.name)
         train = self.trees[0]
-        keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n]
+        keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n].tolist()
         train.samples = [train.samples[i] for i in keep]
 
     def keep_classes(self, n):
@@ -635,31 +634,18 @@ def area_mean(frames, size):
     return (part @ torch.from_numpy(frames.astype(np.float32)) @ part.T).numpy()
 
 
-class EventSet(typing.NamedTuple):
-    """What distinguishes one set of recordings from another."""
-
-    # In the order of their labels.
-    classes: list
-    # read(path) -> t, x, y, p.
-    read: typing.Callable
-    # The end of a recording's name. Before it stands the recording's number.
-    ending: str
-    # The sides of the sensor and of the frames, in pixels.
-    pixels: int
-    size: int
-    # The value in a frame that stands for one event per pixel. Where frames are smaller than the
-    # sensor, means over areas are fractions: sixteenths are exact enough, and uint8 still holds
-    # 15.9 events per pixel. More count as that.
-    scale: int
-    flip: bool = True
-    # The split that the set itself comes with, if any.
-    split: str | None = None
-
-
+# What distinguishes one set of recordings from another: the classes in the order of their labels,
+# the end of a recording's name (its number stands before it), the sides of the sensor (pixels) and
+# of the frames (size), and the split that comes with the set, if any. scale is the value in a frame
+# for one event per pixel: means over areas are kept in sixteenths, so that uint8 holds up to 15.9
+# events per pixel. Mirrored digits would be no digits.
 EVENT_SETS = {
-    "cifar10-dvs": EventSet(CIFAR10, read_aedat, ".aedat", 128, 48, 16),
-    "nmnist": EventSet(list("0123456789"), read_nmnist, ".bin", 34, 34, 1, False, "official"),
-    "shapes-dvs": EventSet(SHAPES, read_aedat, ".aedat", 128, 32, 16),
+    "cifar10-dvs": types.SimpleNamespace(classes=CIFAR10, read=read_aedat, ending=".aedat",
+                                         pixels=128, size=48, scale=16, flip=True, split=None),
+    "shapes-dvs": types.SimpleNamespace(classes=SHAPES, read=read_aedat, ending=".aedat",
+                                        pixels=128, size=32, scale=16, flip=True, split=None),
+    "nmnist": types.SimpleNamespace(classes=list("0123456789"), read=read_nmnist, ending=".bin",
+                                    pixels=34, size=34, scale=1, flip=False, split="official"),
 }
 
 
@@ -679,11 +665,6 @@ class Recordings:
             frames = bin_events(t, x, y, p, self.timesteps, pixels, pixels, self.by)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {first_line(error)}: replace it by the original") from error
-        # Disorder of a few microseconds and short rests are usual. More than that means a clock
-        # that was set back, or events left over from before the recording.
-        steps = np.diff(t, prepend=t[0])
-        if self.by == "time" and (steps.min() < -1000 or steps.max() > steps.sum() / 4 > 0):
-            warnings.warn(f"{path}: its clock jumps, slices of equal time hold unequal parts")
         # Where the sizes are equal there is nothing to average.
         frames = frames if size == pixels else area_mean(frames, size)
         frames = np.rint(np.minimum(frames * float(self.event_set.scale), 255)).astype(np.uint8)
@@ -697,13 +678,14 @@ def unpack(packed, ending):
         with zipfile.ZipFile(packed) as archive:
             inside = [name for name in archive.namelist() if name.endswith(ending)
                       and not os.path.basename(name).startswith(".")]
-            if inside and not folder.exists():
-                # The folder gets its name when all is there. What a killed process leaves behind is
-                # hidden, so nobody looks at it.
+            if not inside:
+                return
+            if not folder.exists():
+                # The folder gets its name when all is there. A killed process leaves a hidden one.
                 with tempfile.TemporaryDirectory(dir=packed.parent, prefix=".") as temporary:
                     archive.extractall(f"{temporary}/all", inside)
                     os.rename(f"{temporary}/all", folder)
-    # Each way in which an archive can be damaged has a different error.
+    # zipfile has a different error for each way in which an archive can be damaged.
     except Exception as error:
         raise UserError(f"{packed} cannot be unpacked: {first_line(error)}") from error
     there = len(glob.glob(f"**/*{ending}", root_dir=folder, recursive=True))
@@ -808,7 +790,7 @@ def load_events(name, folder, workers, timesteps, split, by):
             # A read-only folder serves as well.
             print(f"  {error}: the next run has to make these frames again", flush=True)
     # This deviation undoes the scale, so that the network sees events per pixel. Shifts of up to 5
-    # pixels are usual. Digits are not mirrored.
+    # pixels are usual.
     return Resident(name, train, test, event_set.classes, (0.0, 0.0), (event_set.scale / 255,) * 2,
                     pad=5, flip=event_set.flip, split=split)
 
@@ -848,7 +830,7 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
 # ---- Loading a data set by its name -------------------------------------------------------------
 
 def load_cifar(name, root):
-    """CIFAR from prepared arrays where they are there, else from the original, by torchvision."""
+    """CIFAR from prepared arrays in root/name, or else from the original in root."""
     paths, num_classes = array_paths(root / name), {"cifar10": 10, "cifar100": 100}[name]
     if all(path.exists() for path in paths):
         train, test = read_arrays(paths, (32, 32, 3), num_classes)
@@ -861,7 +843,7 @@ def load_cifar(name, root):
         except Exception as error:
             raise UserError(
                 f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put "
-                f"{original.filename} from {original.url} there, or prepared arrays "
+                f"{original.filename} from {original.url} there, or arrays "
                 f"{{train,test}}_{{images,labels}}.npy into {root / name}") from error
         train, test = ((part.data, np.array(part.targets)) for part in parts)
     return Resident(name, train, test, [str(c) for c in range(num_classes)], *STATISTICS[name])
