@@ -4,6 +4,7 @@ They compare with something independent: a NumPy oracle whose backward pass is d
 lemma of the paper, what the authors' code computes, a slow reader, a second process, a run that
 was not interrupted.
 """
+import concurrent.futures
 import copy
 import functools
 import math
@@ -1034,34 +1035,33 @@ def test_every_test_image_is_seen_once(world, batch_size):
     assert torch.equal(x[order], dataset.sets["test"][0].permute(0, 3, 1, 2).float())
 
 
-def test_cifar_is_read_from_the_original_or_from_arrays_and_nothing_is_written(
-        tmp_path, monkeypatch):
-    # The original is pickled dictionaries that hold images as planes of colour.
+def test_cifar_is_read_from_the_original_or_arrays_and_nothing_is_written(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
-    planes, labels = images.transpose(0, 3, 1, 2).reshape(7, -1), [0, 99, 3, 4, 5, 6, 7]
-    contents = {"train": {"data": planes, "fine_labels": labels},
-                "test": {"data": planes[:2], "fine_labels": labels[:2]},
-                "meta": {"fine_label_names": list(map(str, range(100)))}}
+    labels, original = np.array([0, 99, 3, 4, 5, 6, 7]), torchvision.datasets.CIFAR100
+    # The original is pickled dictionaries that hold images as planes of colour.
+    planes = images.transpose(0, 3, 1, 2).reshape(7, -1)
+    contents = {"train": {"data": planes, "fine_labels": labels.tolist()},
+                "test": {"data": planes[:2], "fine_labels": [0, 99]},
+                "meta": {"fine_label_names": []}}
     (tmp_path / "cifar-100-python").mkdir()
     for name, content in contents.items():
         (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps(content))
     # torchvision is not to compare these files with the checksums of the real ones.
-    original = torchvision.datasets.CIFAR100
     changes = dict(train_list=[["train", None]], test_list=[["test", None]],
                    meta={**original.meta, "md5": None}, url="http://127.0.0.1:9/nowhere")
     for name, value in changes.items():
         monkeypatch.setattr(original, name, value)
     before = sorted(tmp_path.rglob("*"))
     dataset = data.load("cifar100", tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before and len(dataset) == 7
     x, y = next(dataset.test(2))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))
     torch.testing.assert_close(x, (torch.tensor(images[:2]).permute(0, 3, 1, 2) / 255 - mean) / std)
-    assert y.tolist() == [0, 99] and len(dataset) == 7
+    assert y.tolist() == [0, 99]
     # Prepared arrays serve without the original.
-    (tmp_path / "arrays/cifar100").mkdir(parents=True)
-    arrays = images, np.array(labels), images[:2], np.array(labels[:2])
-    for path, array in zip(data.array_paths(tmp_path / "arrays/cifar100"), arrays):
+    folder = tmp_path / "arrays/cifar100"
+    folder.mkdir(parents=True)
+    for path, array in zip(data.array_paths(folder), (images, labels, images[:2], labels[:2])):
         np.save(path, array)
     assert equal_sets(dataset, data.load("cifar100", tmp_path / "arrays"))
     message = r"^cifar100 is not in [^\n]* cannot be downloaded [^\n]*nowhere[^\n]*$"
@@ -1155,19 +1155,13 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, mode):
         data.load("folder", tmp_path, image_size=16, workers=1)
 
 
-class Numbers:
-    """A torch data set whose items are small arrays of their number."""
-
-    def __getitem__(self, i):
-        return np.full((2, 2), i % 256, np.uint8), i
-
-
 def test_reading_a_whole_set_keeps_no_batch_open():
+    items = [(np.full((2, 2), i % 256, np.uint8), i) for i in range(5000)]
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     # 200 batches follow, and a batch from a worker holds two files open.
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limit[1]))
     try:
-        arrays, labels = data.read_all(Numbers(), range(5000), 1, "items")
+        arrays, labels = data.read_all(items, range(5000), 1, "items")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     assert labels.tolist() == list(range(5000)) and np.array_equal(arrays[:, 1, 1], labels % 256)
@@ -1201,45 +1195,41 @@ next(batches)
     assert python("-c", script, seconds=60) == "True\nTrue 3\nTrue\n"
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path):
-    path, wrong = tmp_path / "new/file", []
+def test_two_writers_of_one_file_write_it_whole(tmp_path):
+    path = tmp_path / "new/file"
 
-    def write_200_times(byte):
-        try:
-            for _ in range(200):
-                data.write_atomically(path, lambda file: file.write(byte * 5000))
-                content = path.read_bytes()
-                if content not in (b"a" * 5000, b"b" * 5000):
-                    wrong.append(content)
-        except Exception as error:
-            wrong.append(error)
+    def write_200_times(letter):
+        found = set()
+        for _ in range(200):
+            data.write_atomically(path, lambda file: file.write(letter * 5000))
+            found.add(path.read_bytes())
+        return found
 
-    # Two threads have the same process number, as processes of two containers may have.
-    threads = [threading.Thread(target=write_200_times, args=[byte]) for byte in (b"a", b"b")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and os.listdir(path.parent) == ["file"]
-    # A failure leaves the old file and nothing else.
-    before = path.read_bytes()
-    for error in (OSError("disk full"), RuntimeError("disk full"), KeyboardInterrupt()):
-        def fail(file):
-            file.write(b"half")
-            raise error
-        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else data.UserError
-        with pytest.raises(kind):
-            data.write_atomically(path, fail)
-    assert path.read_bytes() == before and os.listdir(path.parent) == ["file"]
-    # The file's permissions are those of any new file.
-    for umask in (0o022, 0o077, 0o002):
-        old = os.umask(umask)
-        try:
-            data.write_atomically(path, lambda file: file.write(b"new"))
-            (tmp_path / str(umask)).touch()
-        finally:
-            os.umask(old)
-        assert path.stat().st_mode == (tmp_path / str(umask)).stat().st_mode
+    # Threads have the same process number, as processes of two containers may have.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = set().union(*pool.map(write_200_times, (b"a", b"b")))
+    assert found == {b"a" * 5000, b"b" * 5000} and os.listdir(path.parent) == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_a_new_one_has_usual_permissions(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
+    with pytest.raises(data.UserError, match="cannot write .*file"):
+        data.write_atomically(path, lambda file: file.write(bytes(1000)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    # Ctrl-C while writing.
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(path, lambda file: signal.raise_signal(signal.SIGINT))
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    usual = os.umask(0o027)
+    try:
+        data.write_atomically(path, lambda file: file.write(b"new"))
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(usual)
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_pace_tells_rate_and_time_left():
