@@ -135,7 +135,7 @@ def write_atomically(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         # The file is made in a temporary folder, because a temporary file would be readable by its
         # owner alone. The folder lies beside path: between two disks a rename would be a copy.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             with open(os.path.join(folder, path.name), "wb") as file:
                 write(file)
                 file.flush()
@@ -222,6 +222,13 @@ class Resident:
         keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n]
         self.sets["train"] = images[keep], labels[keep]
 
+    def limit_test(self, n):
+        """The same for the test images."""
+        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
+        images, labels = self.sets["test"]
+        keep = torch.randperm(len(labels), generator=draws("cpu", 0))[:n]
+        self.sets["test"] = images[keep], labels[keep]
+
     def keep_classes(self, n):
         """Keep the training and test images of the first n classes: a smaller task."""
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
@@ -296,12 +303,12 @@ def ignore_signals(_):
 
 
 def worker_batches(dataset, batches, workers, device="cpu"):
-    """Batches (lists of keys) of a torch data set, read by worker processes; 0: by this process."""
+    """Batches (lists of keys) of a torch data set, read by so many worker processes."""
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
         pin_memory=torch.device(device).type == "cuda"))
-    # At exit Python would send the workers a SIGTERM, which they ignore, and wait forever. So torch
-    # has to end them before.
+    # At exit Python sends its children a SIGTERM, which these ignore, and waits for them forever.
+    # So torch has to end them first.
     end_workers = loader._shutdown_workers if workers else lambda: None
     atexit.register(end_workers)
     try:
@@ -322,7 +329,7 @@ def read_all(dataset, keys, workers, items):
     for x, y in worker_batches(dataset, batches, workers):
         if arrays is None:
             arrays = np.empty((len(keys), *x.shape[1:]), np.uint8)
-        # Copied at once, because a batch from a worker takes shared memory and an open file.
+        # Copied at once, because each batch from a worker holds shared memory and open files.
         arrays[pace.done:pace.done + len(x)] = x
         labels += y.tolist()
         pace.count(len(x))
@@ -337,11 +344,11 @@ def read_image(path):
     """An image file as 8-bit RGB. UserError for any other file."""
     try:
         with Image.open(path) as image:
-            # Pillow would clip the values of the modes I, I;16 and F at 255 without a warning.
+            # Pillow would clip the values of these modes at 255 without a warning.
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bits a channel, convert it to 8")
             return image.convert("RGB")
-    # Pillow has a different error for each way in which a file can be damaged.
+    # Pillow raises many kinds of errors for damaged files.
     except Exception as error:
         raise UserError(f"{path}: not a readable image: {first_line(error)}") from error
 
@@ -363,7 +370,7 @@ class ImageTree(torchvision.datasets.ImageFolder):
 
         try:
             super().__init__(folder, loader=read_image, is_valid_file=is_image)
-        # torchvision names the classes without an image.
+        # Its message names the classes without an image.
         except FileNotFoundError as error:
             raise UserError(f"{folder}: {first_line(error)}") from error
 
@@ -411,7 +418,7 @@ def load_folder(root, size, workers):
 
 
 class Streamed:
-    """Image folders decoded by worker processes, in batches as Resident's."""
+    """Image folders decoded by worker processes. Used like Resident."""
 
     def __init__(self, name, root, image_size, mean, std, workers):
         self.name, self.size, self.workers = name, (image_size, image_size), workers
@@ -433,9 +440,13 @@ class Streamed:
 
     def limit(self, n):
         check_at_most("--limit", n, len(self), "training images of " + self.name)
-        train = self.trees[0]
         keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n].tolist()
-        train.samples = [train.samples[i] for i in keep]
+        self.trees[0].samples = [self.trees[0].samples[i] for i in keep]
+
+    def limit_test(self, n):
+        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
+        keep = torch.randperm(self.test_size(), generator=draws("cpu", 0))[:n].tolist()
+        self.trees[1].samples = [self.trees[1].samples[i] for i in keep]
 
     def keep_classes(self, n):
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
@@ -480,7 +491,7 @@ SHAPES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "rows"
 
 
 def draw_shapes(n, seed, size=32):
-    """n images of the ten SHAPES at random places, sizes and colours on noisy ground: uint8
+    """n images of the ten SHAPES at random places, sizes and colours on a noisy background: uint8
     [n, size, size, 3] and labels [n].
 
     A smoke test, no benchmark: a linear classifier stays near chance, a small convolutional network
@@ -497,7 +508,7 @@ def draw_shapes(n, seed, size=32):
     for label in range(10):
         at = labels == label
         mask[at] = shape_masks(size, centre[:, at], radius[at], phase[:, at], label)
-    # Colours of shape and ground are drawn alike, so that no single pixel tells anything.
+    # Shape and background have the same range of colours, so that a single pixel tells nothing.
     ground = rng.uniform(40, 215, (n, 1, 1, 3))
     contrast = rng.choice([-1, 1], (n, 1, 1, 3)) * rng.uniform(60, 110, (n, 1, 1, 3))
     paint = (ground + contrast) % 256
@@ -515,7 +526,7 @@ def shape_masks(size, centre, radius, phase, label):
     y, x = (pixel[:, None] - centre[0]) / radius, (pixel - centre[1]) / radius
     box, distance = np.maximum(abs(x), abs(y)), np.hypot(x, y)
     rows, columns = np.floor(2 * y + phase[0]) % 2 == 0, np.floor(2 * x + phase[1]) % 2 == 0
-    # These are functions, so that only the one that is asked for is computed.
+    # These are functions, so that only one of them is computed.
     masks = {
         "disc": lambda: distance < 1,
         "ring": lambda: (distance < 1) & (distance > 0.6),
@@ -538,15 +549,14 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def read_events(path, event_bytes):
-    """The events of a recording as they stand in it, uint8 [N, event_bytes]: 8 in AEDAT 2.0, 5 in
-    N-MNIST, which has no header."""
+    """The events of a recording as raw bytes, uint8 [N, event_bytes]: 8 in AEDAT 2.0, 5 in N-MNIST,
+    which has no header."""
     raw, begin = pathlib.Path(path).read_bytes(), 0
-    if event_bytes == 8 and not raw.startswith(b"#!AER-DAT2"):
-        raise ValueError("no AEDAT 2.0 recording")
-    # AEDAT's header is the lines that begin with '#'. Events follow, whatever they look like.
-    while event_bytes == 8 and raw[begin:begin + 1] == b"#":
-        end = raw.find(b"\n", begin)
-        begin = end + 1 if end >= 0 else len(raw)
+    if event_bytes == 8:
+        if not raw.startswith(b"#!AER-DAT2"):
+            raise ValueError("no AEDAT 2.0 recording")
+        # The header is the lines that begin with '#'. Events follow, whatever they look like.
+        begin = re.match(rb"(#[^\n]*\n?)*", raw).end()
     if begin == len(raw) or (len(raw) - begin) % event_bytes:
         raise ValueError("no events, or ends in the middle of one")
     return np.frombuffer(raw, np.uint8, offset=begin).reshape(-1, event_bytes)
@@ -634,11 +644,11 @@ def area_mean(frames, size):
     return (part @ torch.from_numpy(frames.astype(np.float32)) @ part.T).numpy()
 
 
-# What distinguishes one set of recordings from another: the classes in the order of their labels,
-# the end of a recording's name (its number stands before it), the sides of the sensor (pixels) and
-# of the frames (size), and the split that comes with the set, if any. scale is the value in a frame
-# for one event per pixel: means over areas are kept in sixteenths, so that uint8 holds up to 15.9
-# events per pixel. Mirrored digits would be no digits.
+# Each set has its classes in the order of their labels, the ending of its files (before it stands a
+# recording's number), the sides of the sensor (pixels) and of the frames (size), and its own split,
+# if any. scale is the value in a frame for one event per pixel. Frames smaller than the sensor hold
+# means: sixteenths are exact enough, and uint8 still holds 15.9 events per pixel. Mirrored digits
+# would be no digits.
 EVENT_SETS = {
     "cifar10-dvs": types.SimpleNamespace(classes=CIFAR10, read=read_aedat, ending=".aedat",
                                          pixels=128, size=48, scale=16, flip=True, split=None),
@@ -685,7 +695,7 @@ def unpack(packed, ending):
                 with tempfile.TemporaryDirectory(dir=packed.parent, prefix=".") as temporary:
                     archive.extractall(f"{temporary}/all", inside)
                     os.rename(f"{temporary}/all", folder)
-    # zipfile has a different error for each way in which an archive can be damaged.
+    # zipfile raises many kinds of errors for damaged archives.
     except Exception as error:
         raise UserError(f"{packed} cannot be unpacked: {first_line(error)}") from error
     there = len(glob.glob(f"**/*{ending}", root_dir=folder, recursive=True))
@@ -721,7 +731,7 @@ def in_test_folder(path):
 
 
 def test_part(recordings, split):
-    """bool [N]: which recordings are the test set. The splits are explained at load."""
+    """bool [N]: which recordings are the test set. load explains the splits."""
     labels, numbers, paths, *_ = map(np.array, zip(*recordings))
     if split == "official":
         return np.array([in_test_folder(path) for path in paths])
@@ -730,8 +740,8 @@ def test_part(recordings, split):
     if split != "random":
         raise UserError(f"unknown split {split!r} of event recordings: choose first100 or random")
     test = np.zeros(len(labels), bool)
-    # A tenth of the numbers of each class, the same in every process and on every machine. A
-    # recording that lies there twice has one number, so no copy of a test recording is trained on.
+    # A tenth of the numbers of each class, the same in every process and on every machine. Copies
+    # of a recording have the same number, so that no copy of a test recording is trained on.
     for c in np.unique(labels):
         shuffled = np.random.default_rng(c).permutation(np.unique(numbers[labels == c]))
         drawn = shuffled[:max(1, len(shuffled) // 10)]
@@ -781,7 +791,7 @@ def load_events(name, folder, workers, timesteps, split, by):
         recordings, checksum = find_recordings(folder, event_set)
         train, test = make_frames(event_set, folder, recordings, split, timesteps, by, workers)
         try:
-            # Empty, until all frames are written.
+            # Empty until all frames are written.
             write_atomically(source, lambda file: None)
             for path, array in zip(paths, (*train, *test)):
                 write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
@@ -796,9 +806,9 @@ def load_events(name, folder, workers, timesteps, split, by):
 
 
 def draw_recordings(folder, per_class=80, size=128, steps=16):
-    """The SHAPES going round in a small circle before a camera of events, as recordings
-    <shape>/drawn_<shape>_<number>.aedat. Numbers begin at 80, so that the split first100 has 20 in
-    its test set."""
+    """The SHAPES moving in a small circle in front of an event camera, as recordings
+    <shape>/drawn_<shape>_<number>.aedat. Numbers begin at 80, so that the split first100 has 20
+    test recordings of each."""
     for label, i in np.ndindex(len(SHAPES), per_class):
         path = folder / SHAPES[label] / f"drawn_{SHAPES[label]}_{80 + i}.aedat"
         # An earlier call may have been interrupted.
@@ -806,7 +816,7 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
             continue
         rng = np.random.default_rng((label, i))
         radius = rng.uniform(0.25, 0.4) * size
-        # Once round, in either direction and from any angle.
+        # A full turn, in either direction and from any angle.
         turn = 2 * np.pi * rng.choice([-1, 1])
         angle = np.linspace(0, turn, steps + 1) + rng.uniform(0, 2 * np.pi)
         circle = 8 * np.stack([np.sin(angle), np.cos(angle)])
@@ -816,7 +826,7 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
         # or uncovered gives an event.
         covered = shape_masks(size, centre[..., None, None], radius, phase, label)
         step, y, x = (covered[1:] != covered[:-1]).nonzero()
-        # Some shapes are brighter than the ground, some darker.
+        # Some shapes are brighter than the background, some darker.
         p = covered[step + 1, y, x] ^ rng.integers(2)
         # Noise adds a tenth more events, anywhere.
         noise = rng.integers(0, [[steps], [size], [size], [2]], (4, len(step) // 10))
@@ -839,7 +849,7 @@ def load_cifar(name, root):
         try:
             # torchvision verifies what is there and downloads the rest.
             parts = original(root, train=True, download=True), original(root, train=False)
-        # A download fails in many ways.
+        # A download can fail in many ways.
         except Exception as error:
             raise UserError(
                 f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put "
@@ -851,10 +861,11 @@ def load_cifar(name, root):
 
 def load(name, data_dir="data", image_size=None, workers=None, timesteps=4, dvs_split="first100",
          bin_by="count"):
-    """A data set, Resident or Streamed. UserError with what to do where that is not possible.
+    """A data set, Resident or Streamed. UserError says what to do where that is not possible.
 
     image_size  side in pixels of shapes, folder (default 32) and imagenet (224)
-    workers     processes that decode images and recordings (default: one a core, at most 16)
+    workers     processes that decode images and recordings; 0: this one does it (default: as many
+                as there are cores for this process, at most 16)
     timesteps   frames that a recording of events is cut into
     bin_by      how it is cut, see bin_events
     dvs_split   the test set: "first100", recordings 0 to 99 of each class, or "random", a tenth of
@@ -864,7 +875,7 @@ def load(name, data_dir="data", image_size=None, workers=None, timesteps=4, dvs_
     if image_size is None:
         image_size = 224 if name == "imagenet" else 32
     if workers is None:
-        # A process may be confined to some cores of a machine. macOS does not tell.
+        # A process may have only some cores of a machine. On macOS it cannot ask which.
         affinity = hasattr(os, "sched_getaffinity")
         workers = min(16, len(os.sched_getaffinity(0)) if affinity else os.cpu_count())
     if name not in DATASETS:

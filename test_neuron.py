@@ -1145,6 +1145,8 @@ def test_the_first_classes_and_some_images_alone(tmp_path, size):
         dataset.limit(13)
     dataset.limit(5)
     assert len(dataset) == 5 and len(list(dataset.train(2, 0, 0))) == 2
+    dataset.limit_test(7)
+    assert torch.cat([y for _, y in dataset.test(5)]).tolist() == [0] * 7 + [-1] * 3
 
 
 # Pillow's names for whole numbers of 16 and of 32 bits and for fractions.
@@ -1559,7 +1561,7 @@ def test_a_killed_preparation_leaves_nothing_half_done_and_starts_again(tmp_path
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
     # What was left behind begins with a dot and is not looked at.
-    assert not list(folder.glob("[!.]*.npy")) and len(list(folder.glob(".*.npy.*"))) == 1
+    assert not list(folder.glob("[!.]*.npy")) and len(list(folder.glob(".*/*.npy"))) == 1
     assert equal_sets(load(tmp_path), load(tmp_path / "new"))
 
 
