@@ -241,6 +241,13 @@ class Resident:
         keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n]
         self.sets["train"] = images[keep], labels[keep]
 
+    def limit_test(self, n):
+        """The same for the test images."""
+        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
+        images, labels = self.sets["test"]
+        keep = torch.randperm(len(labels), generator=draws("cpu", 0))[:n]
+        self.sets["test"] = images[keep], labels[keep]
+
     def keep_classes(self, n):
         """Keep the images, training and test, of the first n classes: a smaller task."""
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
@@ -462,6 +469,11 @@ class Streamed:
     def limit(self, n):
         check_at_most("--limit", n, len(self), "training images of " + self.name)
         self.indices = torch.randperm(len(self), generator=draws("cpu", 0))[:n].tolist()
+
+    def limit_test(self, n):
+        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
+        keep = torch.randperm(self.test_size(), generator=draws("cpu", 0))[:n].tolist()
+        self.trees[1].samples = [self.trees[1].samples[i] for i in keep]
 
     def keep_classes(self, n):
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
