@@ -448,11 +448,6 @@ class Streamed:
         keep = torch.randperm(self.test_size(), generator=draws("cpu", 0))[:n].tolist()
         self.trees[1].samples = [self.trees[1].samples[i] for i in keep]
 
-    def limit_test(self, n):
-        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
-        keep = torch.randperm(self.test_size(), generator=draws("cpu", 0))[:n].tolist()
-        self.trees[1].samples = [self.trees[1].samples[i] for i in keep]
-
     def keep_classes(self, n):
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
         self.classes = self.classes[:n]
