@@ -1,37 +1,32 @@
-"""Data sets as batches on the training device, uint8 until the last moment:
+"""Data sets as batches on the training device:
 
     dataset = data.load("cifar100").to("cuda")
     for x, y in dataset.train(batch_size=64, seed=0, epoch=0): ...
 
-    shapes            ten kinds of drawn shapes at --image-size: a smoke test without download
+    shapes            ten kinds of drawn shapes: a smoke test that needs no download
     cifar10, cifar100 downloaded and verified by torchvision
-    folder            an image tree train/<class>/*.png|jpg|webp, test|val/<class>/* at --image-size
-    imagenet          the same layout in <data-dir>/imagenet, random resized crops at 224
+    folder            your images: train/<class>/*.png|jpg|webp and val/<class>/* or test/<class>/*
+    imagenet          the same layout in <data-dir>/imagenet, random resized crops of 224 pixels
     cifar10-dvs       event recordings in <data-dir>/cifar10-dvs, ten class folders or zip files
-    nmnist            event recordings in <data-dir>/nmnist, Train|Test/<digit>/*.bin
-    shapes-dvs        the shapes in motion, written as event recordings and read back
+    nmnist            event recordings in <data-dir>/nmnist, Train/<digit>/*.bin, Test/<digit>/*.bin
+    shapes-dvs        the shapes in motion, drawn as event recordings
 
-Small sets live on the device (`Resident`): cropping, flipping, normalising happen there, a batch
-at a time. CIFAR and recordings are prepared once, as arrays {train,test}_{images,labels}.npy in
-<data-dir>/<name>: images uint8 [N, H, W, C], frames of events uint8 [N, T, 2, H, W]. Large images
-are decoded by worker processes (`Streamed`).
+Small sets live on the device as uint8 (`Resident`) and are cropped, mirrored and normalised there,
+one batch at a time. Large images are decoded by worker processes (`Streamed`).
 
-Every random draw depends on (seed, epoch, place in the epoch) alone, never on what was drawn
-before: a resumed run sees what an unbroken one sees, and N processes see what one would.
-This file imports nothing of the project.
+Every random draw depends on the seed, the epoch and the place in the epoch alone, never on earlier
+draws. So a resumed run sees the batches of an unbroken one, and N processes those of a single one.
+This file imports no other file of the project.
 """
 import atexit
 import glob
-# At exit its handler runs after kill_workers, because it is registered here and so before.
-import multiprocessing.util
 import os
 import pathlib
 import re
 import signal
 import tempfile
 import time
-import typing
-import warnings
+import types
 import zipfile
 import zlib
 
@@ -42,40 +37,39 @@ import torchvision
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 DATASETS = ("cifar10", "cifar100", "shapes", "folder", "imagenet",
             "cifar10-dvs", "nmnist", "shapes-dvs")
-# Mean and standard deviation of each channel of the training images, in 0..1.
+# Mean and standard deviation of each channel of the training images, with pixels in 0..1.
 STATISTICS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
               "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
               "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
               "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-# Folders of images up to this size live on the device. Larger images are streamed.
+# Image folders are kept on the device up to this image size. Larger images are streamed.
 RESIDENT_UP_TO = 96
 
 
 class UserError(Exception):
     """Something the user can mend: bad input, a missing file, a full disk. Programs print its one
-    line and exit with 2."""
+    line and exit with code 2."""
 
 
 def first_line(error):
-    """What an error says in one line."""
-    # The first line, and the next one where the first is only a heading.
+    """What an error says, in one line."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
+    # Where the first line is only a heading, the next one says what happened.
     return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])
 
 
 def draws(device, *key):
-    """A random generator on the device whose state depends on key (whole numbers) alone."""
+    """A random generator on the device whose draws depend on the key (whole numbers) alone."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def memory_format(device):
-    """The memory format of images and convolutions that serves a device best."""
-    # channels_last is fastest on GPUs. On CPUs oneDNN's backward pass of a 1x1 convolution with
-    # stride 2 and few channels writes past its memory in that format (torch 2.14).
+    """The fastest memory format of images and convolutions on a device."""
+    # On CPUs channels_last is unsafe: oneDNN's backward pass of a 1x1 convolution with stride 2 and
+    # few channels writes past its memory in that format (torch 2.14).
     cuda = torch.device(device).type == "cuda"
     return torch.channels_last if cuda else torch.contiguous_format
 
@@ -96,15 +90,8 @@ def duration(seconds):
 
 
 class Pace:
-    """The speed of a long job of `total` items (a text: images, recordings), and its time left.
-
-        pace = Pace(len(files), "recordings")
-        for batch in batches:
-            ...
-            pace.count(len(batch))
-            if pace.due():
-                print(pace)
-    """
+    """The speed of a long job and the time it has left. After each batch call count(its size), and
+    where due() is true, print the Pace."""
 
     def __init__(self, total, items):
         self.total, self.items, self.done = total, items, 0
@@ -112,19 +99,20 @@ class Pace:
 
     def count(self, n):
         if self.done == 0:
-            # The first batch may start worker processes or compile something: it is not timed.
+            # The first batch may start worker processes or compile something. It is not timed.
             self.first, self.after_first = n, time.perf_counter()
         self.done += n
 
     def rate(self):
-        """Items a second, of the first batch only where there is no other. Call count() first."""
+        """Items a second. Call count() first."""
         now = time.perf_counter()
+        # As long as there is no other batch, the first one has to serve.
         if self.done == self.first:
             return self.done / (now - self.start)
         return (self.done - self.first) / (now - self.after_first)
 
     def due(self):
-        """Whether it is time for a line: true once every ten seconds."""
+        """Whether it is time to print: true once every ten seconds."""
         now = time.perf_counter()
         if now < self.printed + 10:
             return False
@@ -140,34 +128,29 @@ class Pace:
 # ---- Files --------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
-    """write(file) into a file that becomes path: readers see the old or the new, whole."""
+    """Call write(file) and rename the finished file to path: readers see the old file or the new
+    one, never a part. UserError where that fails, which leaves the old file as it was."""
     path = pathlib.Path(path)
-    # In the same folder, because between two disks a rename would be a copy.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            # On the disk before it is renamed, so that a power failure leaves no empty file.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    # torch.save reports a full disk as RuntimeError.
+        # The file is made in a temporary folder, because a temporary file would be readable by its
+        # owner alone. The folder lies beside path: between two disks a rename would be a copy.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            with open(os.path.join(folder, path.name), "wb") as file:
+                write(file)
+                file.flush()
+                # On the disk before it is renamed, so that a power failure leaves no empty file.
+                os.fsync(file.fileno())
+            os.replace(file.name, path)
+    # torch.save reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def array_paths(folder, suffix=""):
+    """The files of a prepared data set: images and labels of training, then of test."""
     return [folder / f"{part}_{kind}{suffix}.npy"
             for part in ("train", "test") for kind in ("images", "labels")]
-
-
-def write_arrays(paths, arrays):
-    for path, array in zip(paths, arrays):
-        write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
 
 
 def read_arrays(paths, shape, num_classes):
@@ -179,17 +162,16 @@ def read_arrays(paths, shape, num_classes):
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} is no readable .npy array ({first_line(error)}): delete it to "
                             "have it made again") from error
-    pairs = list(zip(arrays[::2], arrays[1::2]))
-    for (images, labels), images_path, labels_path in zip(pairs, paths[::2], paths[1::2]):
-        if images.dtype != np.uint8 or images.shape[1:] != shape or images.size == 0:
-            raise UserError(f"{images_path} must be uint8 [N, {', '.join(map(str, shape))}] with "
+    for i in (0, 2):
+        images, labels = arrays[i:i + 2]
+        if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
+            raise UserError(f"{paths[i]} must be uint8 [N, {', '.join(map(str, shape))}] with "
                             f"N > 0, not {images.dtype} {list(images.shape)}")
-        # Labels are compared with the number of classes only where they are whole numbers.
-        numbers = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-        if not numbers or labels.min() < 0 or labels.max() >= num_classes:
-            raise UserError(f"{labels_path} must hold {len(images)} whole numbers from 0 to "
+        whole = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+        if not whole or labels.min() < 0 or labels.max() >= num_classes:
+            raise UserError(f"{paths[i + 1]} must hold {len(images)} whole numbers from 0 to "
                             f"{num_classes - 1}, one for each image")
-    return pairs
+    return arrays[:2], arrays[2:]
 
 
 # ---- Small sets, on the device ------------------------------------------------------------------
@@ -199,13 +181,12 @@ class Resident:
 
     train, test  images [N, H, W, C] or event frames [N, T, 2, H, W], uint8, and their labels [N]
     classes      names, in the order of their labels
-    mean, std    of each channel, in 0..1
+    mean, std    of each channel, with pixels in 0..1
     pad          random shifts by up to so many pixels (default: an eighth of the side)
     flip         whether to mirror at random
     split        how a set of recordings was divided, for the log
 
-    Set later: cutout, side of a square set to the mean, 0 for none; augment, TrivialAugment for
-    colour images; fused, compiled cropping and normalising, two launches instead of a dozen.
+    Set `fused` to compile the cropping and normalising: two launches instead of a dozen.
     """
 
     def __init__(self, name, train, test, classes, mean, std, pad=None, flip=True, split=None):
@@ -216,7 +197,7 @@ class Resident:
         self.channels = 2 if self.frames else shape[3]
         self.size = tuple(shape[3:] if self.frames else shape[1:3])
         self.pad = self.size[0] // 8 if pad is None else pad
-        self.flip, self.cutout, self.augment, self.fused = flip, 0, False, False
+        self.flip, self.fused = flip, False
         self.sets = {}
         for part, (images, labels) in {"train": train, "test": test}.items():
             images = torch.from_numpy(np.ascontiguousarray(images))
@@ -241,21 +222,26 @@ class Resident:
         keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n]
         self.sets["train"] = images[keep], labels[keep]
 
+    def limit_test(self, n):
+        """The same for the test images."""
+        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
+        images, labels = self.sets["test"]
+        keep = torch.randperm(len(labels), generator=draws("cpu", 0))[:n]
+        self.sets["test"] = images[keep], labels[keep]
+
     def keep_classes(self, n):
-        """Keep the images, training and test, of the first n classes: a smaller task."""
+        """Keep the training and test images of the first n classes: a smaller task."""
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
         self.classes = self.classes[:n]
         for part, (images, labels) in self.sets.items():
             self.sets[part] = images[labels < n], labels[labels < n]
-            # Prepared arrays may hold so few images that none is left.
-            if not (labels < n).any():
-                raise UserError(f"--classes {n} leaves no {part} image of {self.name}: take more")
 
     def to(self, device):
+        """Move the images to the device. Returns the data set."""
         for part, (images, labels) in self.sets.items():
             self.sets[part] = images.to(device), labels.to(device)
-        # The statistics of a frame serve each frame of a recording. They move once, because a
-        # transfer in every batch would wait for the device every time.
+        # Mean and deviation move once, because a transfer in every batch would wait for the device.
+        # Each frame of a recording has the same.
         self.scale = [255 * torch.tensor(value, device=device).repeat(self.frames or 1)
                       for value in (self.mean, self.std)]
         return self
@@ -271,46 +257,35 @@ class Resident:
         image = torch.arange(len(chosen), device=images.device)[:, None, None]
         return padded[image, r[:, :, None], c[:, None, :]]
 
-    def normalise(self, x, centre=None):
-        """uint8 [B, H, W, C] -> float32 [B, C, H, W], of events [B, T, 2, H, W]. centre [B, 2], in
-        0..1: where a square of the side self.cutout is set to the mean."""
+    def normalise(self, x):
+        """uint8 [B, H, W, C] -> float32 [B, C, H, W], of events [B, T, 2, H, W]."""
         mean, std = self.scale
         x = ((x.float() - mean) / std).permute(0, 3, 1, 2)
-        if centre is not None:
-            # A pixel is outside of the square if it is far away in one direction at least.
-            rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in self.size)
-            far_y = (rows - centre[:, :1] * len(rows)).abs() > self.cutout / 2
-            far_x = (columns - centre[:, 1:] * len(columns)).abs() > self.cutout / 2
-            x = x * (far_y[:, :, None] | far_x[:, None, :])[:, None]
         x = x.contiguous(memory_format=memory_format(x.device))
         return x.unflatten(1, (self.frames, 2)) if self.frames else x
 
     def train(self, batch_size, seed, epoch, start=0, rank=0, world=1):
-        """Shuffled, augmented full batches (x, y) from the start-th on; a rank's part of each."""
+        """Full batches (x, y) of an epoch, shuffled, shifted and mirrored, from the start-th on. A
+        process (rank) gets every world-th image of each batch."""
         images, labels = self.sets["train"]
         n, device = len(self), images.device
         crop, normalise = self.crop, self.normalise
         if self.fused:
             crop, normalise = torch.compile(crop), torch.compile(normalise)
-        # Drawn for the whole epoch, by place in it. So an image is treated alike however many
-        # processes there are and wherever a run goes on. The order is drawn on the CPU, so that it
-        # is the same on every device.
-        order = torch.randperm(n, generator=draws("cpu", seed, epoch)).to(device)
-        how = dict(generator=draws(device, seed, epoch), device=device)
-        shift = torch.randint(-self.pad, self.pad + 1, (n, 2), **how)
-        mirror = (torch.rand(n, **how) < 0.5) & self.flip
-        centre = torch.rand(n, 2, **how)
+        # Drawn for the whole epoch, so that an image is treated alike however many processes there
+        # are and wherever a run goes on. Drawn on the CPU, so that every device sees the same.
+        generator = draws("cpu", seed, epoch)
+        order = torch.randperm(n, generator=generator).to(device)
+        shift = torch.randint(-self.pad, self.pad + 1, (n, 2), generator=generator).to(device)
+        mirror = (torch.rand(n, generator=generator) < 0.5).to(device) & self.flip
         for step in range(start, n // batch_size):
             part = slice(step * batch_size + rank, (step + 1) * batch_size, world)
             chosen = order[part]
-            x = crop(images, chosen, shift[part], mirror[part])
-            if self.augment:
-                x = trivial_augment(x, batch_size, rank, world, (seed, epoch, step))
-            yield normalise(x, centre[part] if self.cutout else None), labels[chosen]
+            yield normalise(crop(images, chosen, shift[part], mirror[part])), labels[chosen]
 
     def test(self, batch_size, rank=0, world=1):
-        """All test images in order, a rank's part of each batch. All batches are full: images that
-        only fill up have the label -1 and belong into no count."""
+        """All test images in order, a process's part of each batch. Every batch is full: images
+        that only fill up the last one have the label -1 and do not count."""
         images, labels = self.sets["test"]
         for first in range(0, len(labels), batch_size * world):
             index = first + rank + world * torch.arange(batch_size, device=labels.device)
@@ -318,90 +293,112 @@ class Resident:
             yield self.normalise(images[index]), torch.where(inside, labels[index], -1)
 
 
-def trivial_augment(x, batch_size, rank, world, key):
-    """torchvision's TrivialAugmentWide (Mueller 2021) on a process's images of a batch, uint8
-    [B, H, W, 3], in place: one random operation of random strength for each sixteenth of the
-    (shuffled) whole batch, as one for each image would keep a GPU waiting."""
-    # The sixteenth that each image belongs to. This process has every world-th of the batch.
-    group = (rank + world * np.arange(len(x))) * 16 // batch_size
-    parts = x.permute(0, 3, 1, 2).split(np.bincount(group, minlength=16).tolist())
-    # torchvision draws from the CPU's global generator, whose state comes back afterwards.
-    with torch.random.fork_rng(devices=[]):
-        for g, part in enumerate(parts):
-            if len(part):
-                torch.set_rng_state(draws("cpu", *key, g).get_state())
-                part.copy_(v2.TrivialAugmentWide()(part))
-    return x
+# ---- Worker processes ---------------------------------------------------------------------------
+
+def ignore_signals(_):
+    # Ctrl-C and a batch system's SIGTERM reach the workers as well. They go on, so that the
+    # training process can finish its step and save.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-# ---- Large images, from worker processes --------------------------------------------------------
+def worker_batches(dataset, batches, workers, device="cpu"):
+    """Batches (lists of keys) of a torch data set, read by so many worker processes."""
+    loader = iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
+        pin_memory=torch.device(device).type == "cuda"))
+    # At exit Python sends its children a SIGTERM, which these ignore, and waits for them forever.
+    # So torch has to end them first.
+    end_workers = loader._shutdown_workers if workers else lambda: None
+    atexit.register(end_workers)
+    try:
+        yield from loader
+    except UserError as error:
+        # The text is the worker's traceback, whose last line has the message.
+        message = str(error).strip().splitlines()[-1]
+        raise UserError(message.partition("UserError: ")[2] or message) from None
+    finally:
+        end_workers()
+        atexit.unregister(end_workers)
 
-def files_below(folder, endings):
-    """Relative paths of the files below a folder that have one of the endings, sorted by folder
-    and name."""
-    # glob leaves out what begins with a dot: ._0.png is no image, .ipynb_checkpoints no class.
-    paths = glob.glob("**/*", root_dir=folder, recursive=True)
-    return sorted((p for p in paths if p.lower().endswith(endings)), key=os.path.split)
+
+def read_all(dataset, keys, workers, items):
+    """All items of a torch data set at once: arrays uint8 [N, ...] and labels [N]."""
+    arrays, labels, pace = None, [], Pace(len(keys), items)
+    batches = [keys[first:first + 25] for first in range(0, len(keys), 25)]
+    for x, y in worker_batches(dataset, batches, workers):
+        if arrays is None:
+            arrays = np.empty((len(keys), *x.shape[1:]), np.uint8)
+        # Copied at once, because each batch from a worker holds shared memory and open files.
+        arrays[pace.done:pace.done + len(x)] = x
+        labels += y.tolist()
+        pace.count(len(x))
+        if pace.due():
+            print(pace, flush=True)
+    return arrays, np.array(labels)
+
+
+# ---- Image folders ------------------------------------------------------------------------------
+
+def read_image(path):
+    """An image file as 8-bit RGB. UserError for any other file."""
+    try:
+        with Image.open(path) as image:
+            # Pillow would clip the values of these modes at 255 without a warning.
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel, convert it to 8")
+            return image.convert("RGB")
+    # Pillow raises many kinds of errors for damaged files.
+    except Exception as error:
+        raise UserError(f"{path}: not a readable image: {first_line(error)}") from error
 
 
 def class_folders(folder):
-    """The names of the folders in a folder, sorted."""
-    # A pattern that ends in / finds folders only, and none that begins with a dot.
+    """The names of the folders in a folder, sorted, without hidden ones."""
     return sorted(os.path.dirname(name) for name in glob.glob("*/", root_dir=folder))
 
 
-class ImageTree:
-    """The images <class>/** in a folder, as a torch data set: item (index, seed) is an image, uint8
-    [3, H, W], and its label."""
+class ImageTree(torchvision.datasets.ImageFolder):
+    """The images <class>/** in a folder, without hidden files and folders, as a torch data set:
+    item (index, seed) is an image, uint8 [3, H, W], and its label."""
 
     def __init__(self, folder):
-        self.classes, self.transform = class_folders(folder), None
-        labels = {name: label for label, name in enumerate(self.classes)}
-        # The class is the first folder of a path.
-        self.samples = [(os.path.join(folder, path), labels[path.split(os.sep)[0]])
-                        for path in files_below(folder, IMG_EXTENSIONS) if os.path.dirname(path)]
-        empty = set(labels.values()) - {label for _, label in self.samples}
-        if empty:
-            raise UserError(f"{folder / self.classes[min(empty)]} holds no image")
+        def is_image(path):
+            # ._0.png is no image, nor is anything in .ipynb_checkpoints.
+            hidden = f"{os.sep}." in path.removeprefix(str(folder))
+            return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+
+        try:
+            super().__init__(folder, loader=read_image, is_valid_file=is_image)
+        # Its message names the classes without an image.
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: {first_line(error)}") from error
+
+    def find_classes(self, folder):
+        classes = class_folders(folder)
+        return classes, {name: label for label, name in enumerate(classes)}
 
     def __getitem__(self, key):
         index, seed = key
-        path, label = self.samples[index]
-        image = read_image(path)
-        # The transform draws from the global generator, whose state comes back afterwards. What it
-        # draws depends on the seed alone. torch.manual_seed would visit every kind of device.
+        # Random crops draw from the global generator, whose state comes back afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            # The index -1 stands for an image that only fills up a batch.
-            return self.transform(image), label if index >= 0 else -1
+            image, label = super().__getitem__(index)
+        # The index -1 stands for an image that only fills up a batch.
+        return image, label if index >= 0 else -1
 
 
 def image_trees(root):
     """The training and the test images below root, of the same classes."""
-    train, test, val = (class_folders(root / name) for name in ("train", "test", "val"))
-    for name, classes in (("train", train), ("test or val", test or val)):
-        if not classes:
-            raise UserError(f"{root}: no folder {name} with class folders; expected train/<class>/"
-                            "*.png|jpg|webp and test/<class>/* or val/<class>/*")
-    # The test set is in the folder with the classes of training. ImageNet's test/ has no classes.
-    for name, classes in (("test", test), ("val", val)):
+    train, val, test = (class_folders(root / name) for name in ("train", "val", "test"))
+    if not train:
+        raise UserError(f"{root}: no folder train with class folders, train/<class>/*.png|jpg|webp")
+    # The best network is chosen by this accuracy, so val comes first.
+    for name, classes in (("val", val), ("test", test)):
         if classes == train:
             return ImageTree(root / "train"), ImageTree(root / name)
-    differing = sorted(set(train) ^ set(test or val))
-    raise UserError(f"{root}: the class folders of training and test differ: {differing[:5]}")
-
-
-def read_image(path):
-    """An image file as 8-bit RGB."""
-    try:
-        with Image.open(path) as image:
-            # Pillow would cut the values of the modes I, I;16 and F off at 255 without a word.
-            if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel, convert it to 8")
-            return image.convert("RGB")
-    # Bad files end in nearly every kind of error that there is.
-    except Exception as error:
-        raise UserError(f"{path}: not a readable image: {first_line(error)}") from error
+    differing = sorted(set(train) ^ set(val or test))[:5]
+    raise UserError(f"{root}: no folder test or val with the classes of train: {differing} differ")
 
 
 def fixed_crop(size, resize):
@@ -409,72 +406,60 @@ def fixed_crop(size, resize):
                                transforms.PILToTensor()])
 
 
-def worker_batches(dataset, batches, workers, device="cpu"):
-    """torch's DataLoader over batches, lists of keys of the data set."""
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
-        prefetch_factor=4 if workers else None, pin_memory=torch.device(device).type == "cuda")
-    try:
-        yield from loader
-    except UserError as error:
-        # The traceback would keep the loader alive, and with it the workers.
-        error.__traceback__ = None
-        # The message of the worker's error is in the last line of the worker's traceback.
-        message = str(error).strip().splitlines()[-1]
-        raise UserError(message.partition("UserError: ")[2] or message) from None
-
-
-def ignore_signals(_):
-    # Ctrl-C and a batch system's SIGTERM reach worker processes, too. They must go on, so that the
-    # training process can finish its step and save.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@atexit.register
-def kill_workers():
-    # At exit multiprocessing would send the remaining workers a SIGTERM, which they ignore, and
-    # wait for them forever. torch would report their end as an error.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+def load_folder(root, size, workers):
+    """Image folders small enough to live on the device, decoded once."""
+    trees, sets = image_trees(root), []
+    for tree in trees:
+        tree.transform = fixed_crop(size, size)
+        # Nothing is drawn here, so every seed is 0.
+        images, labels = read_all(tree, [(i, 0) for i in range(len(tree))], workers, "images")
+        sets.append((images.transpose(0, 2, 3, 1), labels))
+    return Resident("folder", *sets, trees[0].classes, *STATISTICS["imagenet"])
 
 
 class Streamed:
-    """An image tree decoded by worker processes, in batches as Resident's. There is no cutout."""
+    """Image folders decoded by worker processes. Used like Resident."""
 
-    def __init__(self, name, root, image_size, mean, std, workers=2):
+    def __init__(self, name, root, image_size, mean, std, workers):
         self.name, self.size, self.workers = name, (image_size, image_size), workers
         self.mean, self.std, self.device = mean, std, torch.device("cpu")
         self.channels, self.frames, self.split = 3, None, None
-        self.cutout, self.augment = 0, False
-        self.trees = image_trees(root)
-        self.classes = self.trees[0].classes
-        self.indices = list(range(len(self.trees[0].samples)))
+        self.trees = train, test = image_trees(root)
+        self.classes = train.classes
+        train.transform = transforms.Compose([
+            transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor()])
+        # ImageNet's images are usually resized to 256 pixels and cut to 224. Others in proportion.
+        test.transform = fixed_crop(image_size, round(image_size * 256 / 224))
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.trees[0].samples)
 
     def test_size(self):
         return len(self.trees[1].samples)
 
     def limit(self, n):
         check_at_most("--limit", n, len(self), "training images of " + self.name)
-        self.indices = torch.randperm(len(self), generator=draws("cpu", 0))[:n].tolist()
+        keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n].tolist()
+        self.trees[0].samples = [self.trees[0].samples[i] for i in keep]
+
+    def limit_test(self, n):
+        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
+        keep = torch.randperm(self.test_size(), generator=draws("cpu", 0))[:n].tolist()
+        self.trees[1].samples = [self.trees[1].samples[i] for i in keep]
 
     def keep_classes(self, n):
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
-        self.classes, (train, test) = self.classes[:n], self.trees
-        self.indices = [i for i in self.indices if train.samples[i][1] < n]
-        test.samples = [(path, label) for path, label in test.samples if label < n]
+        self.classes = self.classes[:n]
+        for tree in self.trees:
+            tree.samples = [(path, label) for path, label in tree.samples if label < n]
 
     def to(self, device):
         self.device = torch.device(device)
         return self
 
     def normalised(self, tree, batches):
-        """Batches of (index, seed) as images on the device, each channel of mean 0, deviation 1."""
+        """Batches of keys as images [B, 3, H, W] on the device, normalised, and labels [B]."""
         mean, std = (255 * torch.tensor(value, device=self.device).view(3, 1, 1)
                      for value in (self.mean, self.std))
         for x, y in worker_batches(tree, batches, self.workers, self.device):
@@ -484,27 +469,19 @@ class Streamed:
             yield x.contiguous(memory_format=memory_format(self.device)), y
 
     def train(self, batch_size, seed, epoch, start=0, rank=0, world=1):
-        tree, augment = self.trees[0], [transforms.TrivialAugmentWide()] * self.augment
-        tree.transform = transforms.Compose([
-            transforms.RandomResizedCrop(self.size[0]), transforms.RandomHorizontalFlip(),
-            *augment, transforms.PILToTensor()])
         order = torch.randperm(len(self), generator=draws("cpu", seed, epoch)).tolist()
         # Each place in an epoch has a seed of its own.
-        keys = [(self.indices[chosen], zlib.crc32(repr((seed, epoch, place)).encode()))
+        keys = [(chosen, zlib.crc32(repr((seed, epoch, place)).encode()))
                 for place, chosen in enumerate(order)]
-        return self.normalised(tree, [keys[step * batch_size:(step + 1) * batch_size][rank::world]
-                                      for step in range(start, len(self) // batch_size)])
+        return self.normalised(self.trees[0],
+                               [keys[step * batch_size:(step + 1) * batch_size][rank::world]
+                                for step in range(start, len(self) // batch_size)])
 
     def test(self, batch_size, rank=0, world=1):
-        # As Resident's: the label -1 marks images that only fill up.
-        tree, size, whole = self.trees[1], self.size[0], batch_size * world
-        # ImageNet's images are usually resized to 256 pixels and cut to 224. Others in proportion.
-        tree.transform = fixed_crop(size, round(size * 256 / 224))
-        n = self.test_size()
-        # Nothing is drawn here, so every seed is 0.
+        n, whole = self.test_size(), batch_size * world
         keys = [(i, 0) for i in range(n)] + [(-1, 0)] * (-n % whole)
-        return self.normalised(tree, [keys[first:first + whole][rank::world]
-                                      for first in range(0, n, whole)])
+        return self.normalised(self.trees[1], [keys[first:first + whole][rank::world]
+                                               for first in range(0, n, whole)])
 
 
 # ---- Drawn shapes -------------------------------------------------------------------------------
@@ -514,7 +491,7 @@ SHAPES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "rows"
 
 
 def draw_shapes(n, seed, size=32):
-    """n images of the ten SHAPES at random places, sizes and colours on noisy ground: uint8
+    """n images of the ten SHAPES at random places, sizes and colours on a noisy background: uint8
     [n, size, size, 3] and labels [n].
 
     A smoke test, no benchmark: a linear classifier stays near chance, a small convolutional network
@@ -531,7 +508,7 @@ def draw_shapes(n, seed, size=32):
     for label in range(10):
         at = labels == label
         mask[at] = shape_masks(size, centre[:, at], radius[at], phase[:, at], label)
-    # Colours of shape and ground are drawn alike, so that no single pixel tells anything.
+    # Shape and background have the same range of colours, so that a single pixel tells nothing.
     ground = rng.uniform(40, 215, (n, 1, 1, 3))
     contrast = rng.choice([-1, 1], (n, 1, 1, 3)) * rng.uniform(60, 110, (n, 1, 1, 3))
     paint = (ground + contrast) % 256
@@ -549,7 +526,7 @@ def shape_masks(size, centre, radius, phase, label):
     y, x = (pixel[:, None] - centre[0]) / radius, (pixel - centre[1]) / radius
     box, distance = np.maximum(abs(x), abs(y)), np.hypot(x, y)
     rows, columns = np.floor(2 * y + phase[0]) % 2 == 0, np.floor(2 * x + phase[1]) % 2 == 0
-    # These are functions, so that only the one that is asked for is computed.
+    # These are functions, so that only one of them is computed.
     masks = {
         "disc": lambda: distance < 1,
         "ring": lambda: (distance < 1) & (distance > 0.6),
@@ -572,27 +549,22 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def read_events(path, event_bytes):
-    """The events of a recording as they stand in it, uint8 [N, event_bytes]: 8 in AEDAT 2.0, 5 in
-    N-MNIST, which has no header."""
-    try:
-        raw, begin = pathlib.Path(path).read_bytes(), 0
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
-    if event_bytes == 8 and not raw.startswith(b"#!AER-DAT2"):
-        raise UserError(f"{path} is no AEDAT 2.0 recording: replace it by the original")
-    # AEDAT's header is the lines that begin with '#'. Events follow, whatever they look like.
-    while event_bytes == 8 and raw[begin:begin + 1] == b"#":
-        end = raw.find(b"\n", begin)
-        begin = end + 1 if end >= 0 else len(raw)
+    """The events of a recording as raw bytes, uint8 [N, event_bytes]: 8 in AEDAT 2.0, 5 in N-MNIST,
+    which has no header."""
+    raw, begin = pathlib.Path(path).read_bytes(), 0
+    if event_bytes == 8:
+        if not raw.startswith(b"#!AER-DAT2"):
+            raise ValueError("no AEDAT 2.0 recording")
+        # The header is the lines that begin with '#'. Events follow, whatever they look like.
+        begin = re.match(rb"(#[^\n]*\n?)*", raw).end()
     if begin == len(raw) or (len(raw) - begin) % event_bytes:
-        raise UserError(f"{path} holds no events or ends in the middle of one: replace it by the "
-                        "original")
+        raise ValueError("no events, or ends in the middle of one")
     return np.frombuffer(raw, np.uint8, offset=begin).reshape(-1, event_bytes)
 
 
 def read_aedat(path):
     """The events of an AEDAT 2.0 recording of a DVS128, in file order: t int64 [N] in microseconds;
-    x, y, p int16 [N]. UserError for a file that is anything else.
+    x, y, p int16 [N]. ValueError for any other file.
 
     x is the column and y the row, 0..127, p the polarity, 1 = ON, in the orientation that all
     readers of CIFAR10-DVS use; for a DVS128 held upright it is the mirror image. Where the 32-bit
@@ -601,38 +573,33 @@ def read_aedat(path):
     # An event is an address of 32 bits and a time of 32 bits, the highest byte first.
     words = read_events(path, 8).view(">u4")
     address, t = words[:, 0].astype(np.uint32), words[:, 1].astype(np.int64)
-    if (t[1:] < t[:-1]).any():
-        # The clock wraps. A step is the difference nearest to 0 of those possible modulo 2^32.
-        t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
+    # Where the clock wraps, the difference modulo 2^32 nearest to 0 is the true one.
+    t[1:] = t[0] + np.cumsum(np.diff(t).astype(np.int32), dtype=np.int64)
     if (address & 0x7FFF0000).any():
-        raise UserError(f"{path} holds the address {address.max():#x}, beyond the 128x128 pixels "
-                        "of a DVS128: replace it by the original")
-    if address.max() > 0x7FFF:
-        # Bits 15 and 31 mark external triggers, which are no events of a pixel.
-        event = address <= 0x7FFF
-        address, t = address[event], t[event]
-    if len(t) == 0:
-        raise UserError(f"{path} holds triggers only: replace it by the original")
+        raise ValueError(f"address {address.max():#x} is beyond the 128x128 pixels of a DVS128")
+    # Bits 15 and 31 mark external triggers, which are no events of a pixel.
+    event = address <= 0x7FFF
     # Bits 8-14 are 127 - x, bits 1-7 are 127 - y, bit 0 is 1 - p.
-    place = address.astype(np.int16) ^ 0x7FFF
-    return t, place >> 8, place >> 1 & 127, place & 1
+    place = address[event].astype(np.int16) ^ 0x7FFF
+    return t[event], place >> 8, place >> 1 & 127, place & 1
+
+
+def write_aedat(path, t, x, y, p):
+    """Write events as an AEDAT 2.0 recording, from which read_aedat gives them back."""
+    events = np.stack([127 - x << 8 | 127 - y << 1 | 1 - p, t], 1).astype(">u4")
+    header = b"#!AER-DAT2.0\r\n# drawn, not recorded\r\n"
+    write_atomically(path, lambda file: file.write(header + events.tobytes()))
 
 
 def read_nmnist(path):
-    """The events of an N-MNIST recording, as read_aedat's; x and y 0..33."""
+    """The events of an N-MNIST recording, as read_aedat's, but all int64; x and y 0..33."""
     # An event is x (8 bits), y (8), the polarity (1) and the time (23).
     x, y, high, middle, low = read_events(path, 5).astype(np.int64).T
     t, p = (high & 127) << 16 | middle << 8 | low, high >> 7
     # y = 240 is no event. It says that the clock has run over, after 2^13 microseconds.
     event = y != 240
     t = t + (np.cumsum(~event) << 13)
-    t, x, y, p = (value[event] for value in (t, x, y, p))
-    if len(t) == 0:
-        raise UserError(f"{path} holds no event: replace it by the original")
-    if (np.maximum(x, y) > 33).any():
-        raise UserError(f"{path} holds an address x {x.max()}, y {y.max()}, beyond 34x34 pixels: "
-                        "replace it by the original")
-    return t, x.astype(np.int16), y.astype(np.int16), p.astype(np.int16)
+    return t[event], x[event], y[event], p[event]
 
 
 def bin_events(t, x, y, p, frames, height, width, by="count"):
@@ -641,7 +608,7 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
 
     by "count": N // frames events in file order each, the rest in the last. by "time": (last -
     first time) // frames microseconds each, at least 1, the rest in the last; a slice may be empty.
-    ValueError for what lies outside.
+    ValueError for events outside of the frame.
     """
     if by not in ("count", "time") or frames < 1:
         raise ValueError(f"by must be 'count' or 'time', frames at least 1, not {by!r}, {frames}")
@@ -649,10 +616,9 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
     for value, end in ((x, width), (y, height), (p, 2)):
         if n and not (0 <= value.min() and value.max() < end):
             raise ValueError(f"events outside of 2 x {height} x {width}")
-    # In the smallest type that holds them, because moving them is what takes the time.
-    place = p.astype(np.int16 if 2 * height * width <= 2 ** 15 else np.int64)
-    place = (place * height + y) * width + x
-    # Frame i has the events from edges[i] on, up to edges[i + 1].
+    # The number of each event's pixel in a flattened frame.
+    place = (p.astype(np.int64) * height + y) * width + x
+    # Frame i has the events from edges[i] up to edges[i + 1].
     edges = n // frames * np.arange(frames + 1)
     if by == "time" and n:
         # Where a clock was set back, times are out of order.
@@ -662,239 +628,187 @@ def bin_events(t, x, y, p, frames, height, width, by="count"):
     edges[-1] = n
     counts = np.empty((frames, 2 * height * width), np.uint16)
     for frame, a, b in zip(counts, edges, edges[1:]):
-        count = np.bincount(place[a:b], minlength=counts.shape[1])
-        # Only where it is possible, because comparing takes half as long as counting.
-        frame[:] = np.minimum(count, 65535) if b - a > 65535 else count
+        frame[:] = np.minimum(np.bincount(place[a:b], minlength=len(frame)), 65535)
     return counts.reshape(frames, 2, height, width)
 
 
 def area_mean(frames, size):
-    """[..., n, n] -> float32 [..., size, size]: means over areas of n/size x n/size pixels, cut
-    ones counting in part."""
+    """[..., n, n] -> float32 [..., size, size]: means over areas of n/size x n/size pixels. A pixel
+    on the border of two areas counts in part in each."""
     n = frames.shape[-1]
     low, pixel = np.arange(size)[:, None] * n / size, np.arange(n)
     # The part of each pixel that lies in each area, along one axis: [size, n].
     part = (np.minimum(low + n / size, pixel + 1) - np.maximum(low, pixel)).clip(0)
-    # torch keeps to one thread in a worker process, numpy does not.
+    # In a worker process torch keeps to one thread, numpy does not.
     part = torch.from_numpy(part.astype(np.float32) * np.float32(size / n))
     return (part @ torch.from_numpy(frames.astype(np.float32)) @ part.T).numpy()
 
 
-class EventSet(typing.NamedTuple):
-    """What distinguishes one set of recordings from another."""
-
-    # In the order of their labels.
-    classes: list
-    # read(path) -> t, x, y, p.
-    read: typing.Callable
-    # The end of a recording's name. Before it stands the recording's number.
-    ending: str
-    # The sides of the sensor and of the frames, in pixels.
-    pixels: int
-    size: int
-    # The value in a frame that stands for one event per pixel. Where frames are smaller than the
-    # sensor, means over areas are fractions. In sixteenths they stay exact enough, and uint8 still
-    # holds 15.9 events per pixel. More count as that.
-    scale: int
-    flip: bool = True
-    # The split that the set itself comes with, if any.
-    split: str | None = None
-
-
+# Each set has its classes in the order of their labels, the ending of its files (before it stands a
+# recording's number), the sides of the sensor (pixels) and of the frames (size), and its own split,
+# if any. scale is the value in a frame for one event per pixel. Frames smaller than the sensor hold
+# means: sixteenths are exact enough, and uint8 still holds 15.9 events per pixel. Mirrored digits
+# would be no digits.
 EVENT_SETS = {
-    "cifar10-dvs": EventSet(CIFAR10, read_aedat, ".aedat", 128, 48, 16),
-    "nmnist": EventSet(list("0123456789"), read_nmnist, ".bin", 34, 34, 1, False, "official"),
-    "shapes-dvs": EventSet(SHAPES, read_aedat, ".aedat", 128, 32, 16),
+    "cifar10-dvs": types.SimpleNamespace(classes=CIFAR10, read=read_aedat, ending=".aedat",
+                                         pixels=128, size=48, scale=16, flip=True, split=None),
+    "shapes-dvs": types.SimpleNamespace(classes=SHAPES, read=read_aedat, ending=".aedat",
+                                        pixels=128, size=32, scale=16, flip=True, split=None),
+    "nmnist": types.SimpleNamespace(classes=list("0123456789"), read=read_nmnist, ending=".bin",
+                                    pixels=34, size=34, scale=1, flip=False, split="official"),
 }
 
 
 class Recordings:
-    """Recordings as a torch data set: item i is frames uint8 [T, 2, size, size]."""
+    """Recordings as a torch data set: item i is frames, uint8 [T, 2, size, size], and a label."""
 
-    def __init__(self, name, paths, timesteps, by):
-        self.event_set, self.paths = EVENT_SETS[name], paths
+    def __init__(self, event_set, paths, labels, timesteps, by):
+        self.event_set, self.paths, self.labels = event_set, paths, labels
         self.timesteps, self.by = timesteps, by
 
     def __getitem__(self, i):
         path, pixels, size = self.paths[i], self.event_set.pixels, self.event_set.size
-        events = self.event_set.read(path)
-        # The first step is 0, so that a recording of a single event has one, too.
-        steps = np.append(0, np.diff(events[0]))
-        # Disorder of a few microseconds and short rests are usual. More than that means a clock
-        # that was set back, or events left over from before the recording.
-        if self.by == "time" and (steps.min() < -1000 or steps.max() > steps.sum() / 4 > 0):
-            warnings.warn(f"{path}: its clock jumps, slices of equal time hold unequal parts")
-        frames = bin_events(*events, self.timesteps, pixels, pixels, self.by)
+        try:
+            t, x, y, p = self.event_set.read(path)
+            if len(t) == 0:
+                raise ValueError("no events")
+            frames = bin_events(t, x, y, p, self.timesteps, pixels, pixels, self.by)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {first_line(error)}: replace it by the original") from error
         # Where the sizes are equal there is nothing to average.
         frames = frames if size == pixels else area_mean(frames, size)
-        return np.rint(np.minimum(frames * float(self.event_set.scale), 255)).astype(np.uint8)
-
-
-# What to do where recordings are missing.
-ORIGINALS = (
-    "put Train.zip and Test.zip of N-MNIST (garrickorchard.com/datasets/n-mnist), or the ten zip "
-    "files of CIFAR10-DVS (figshare.com/articles/dataset/CIFAR10-DVS_New/4724671), there")
+        frames = np.rint(np.minimum(frames * float(self.event_set.scale), 255)).astype(np.uint8)
+        return frames, self.labels[i]
 
 
 def unpack(packed, ending):
-    """Unpack the recordings of a zip file into a folder of its name."""
-    # Its recordings may lie below such a folder already, wherever that is. Or some of them do,
-    # because the user's own unpacking was interrupted.
-    pattern = f"**/{glob.escape(packed.stem)}/**/*{ending}"
-    beside = glob.glob(pattern, root_dir=packed.parent, recursive=True)
+    """Unpack the recordings of a zip file into a folder of its name, unless that is there."""
+    folder = packed.with_suffix("")
     try:
         with zipfile.ZipFile(packed) as archive:
             inside = [name for name in archive.namelist() if name.endswith(ending)
                       and not os.path.basename(name).startswith(".")]
             if not inside:
                 return
-            # The last file of an interrupted unpacking is shorter than it should be.
-            sizes = {os.path.basename(name): archive.getinfo(name).file_size for name in inside}
-            whole = [path for path in beside
-                     if os.path.getsize(packed.parent / path) == sizes.get(os.path.basename(path))]
-            if beside and len(whole) < len(inside):
-                raise ValueError(f"only {len(whole)} of its {len(inside)} recordings lie whole "
-                                 "beside it, delete those and they will be unpacked again")
-            if not beside:
-                # The folder gets its name when all is there. What a killed process leaves behind
-                # begins with a dot and is never looked at.
+            if not folder.exists():
+                # The folder gets its name when all is there. A killed process leaves a hidden one.
                 with tempfile.TemporaryDirectory(dir=packed.parent, prefix=".") as temporary:
                     archive.extractall(f"{temporary}/all", inside)
-                    # Another process that unpacks the same file may have been faster.
-                    if not any(packed.with_suffix("").glob(f"**/*{ending}")):
-                        os.rename(f"{temporary}/all", packed.with_suffix(""))
-    # Bad archives end in many kinds of errors.
+                    os.rename(f"{temporary}/all", folder)
+    # zipfile raises many kinds of errors for damaged archives.
     except Exception as error:
         raise UserError(f"{packed} cannot be unpacked: {first_line(error)}") from error
+    there = len(glob.glob(f"**/*{ending}", root_dir=folder, recursive=True))
+    if there != len(inside):
+        raise UserError(f"{folder} holds {there} recordings, {packed} {len(inside)}: delete the "
+                        "folder and it will be unpacked again")
 
 
-def find_recordings(folder, classes, ending):
-    """All recordings of the classes as sorted [(label, number, path, size, time)]."""
+def find_recordings(folder, event_set):
+    """All recordings of a set, sorted [(label, number, path, size, time)], and their checksum."""
     found = []
-    for path in files_below(folder, ending):
+    # glob leaves out hidden files and folders, which are no part of the set.
+    for path in glob.glob(f"**/*{event_set.ending}", root_dir=folder, recursive=True):
         # The recordings of a class lie below a folder of its name, wherever that is in the tree.
-        inside = [part for part in path.split(os.sep)[:-1] if part in classes]
+        inside = [part for part in path.split(os.sep)[:-1] if part in event_set.classes]
         number = re.search(r"(\d+)\.\w+$", path)
         # What has no class or no number is no recording.
         if inside and number:
             # lstat, because a link that leads nowhere is reported later, when it is read.
             stat = os.lstat(folder / path)
-            label = classes.index(inside[-1])
+            label = event_set.classes.index(inside[-1])
             found.append((label, int(number[1]), path, stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
+    found.sort()
+    return found, f"{zlib.crc32(repr(found).encode()):08x}"
 
 
 def in_test_folder(path):
-    """Whether the innermost folder named train or test is one of test."""
-    return path.lower().rfind("test") > path.lower().rfind("train")
+    """Whether the innermost folder named train or test (in any case) is one of test."""
+    parts = [part for part in path.lower().split(os.sep)[:-1] if part in ("train", "test")]
+    if not parts:
+        raise UserError(f"{path} lies in no folder named Train or Test")
+    return parts[-1] == "test"
 
 
 def test_part(recordings, split):
-    """bool [N]: which recordings are the test set; see load."""
-    labels, numbers, paths, *_ = zip(*recordings)
+    """bool [N]: which recordings are the test set. load explains the splits."""
+    labels, numbers, paths, *_ = map(np.array, zip(*recordings))
     if split == "official":
         return np.array([in_test_folder(path) for path in paths])
     if split == "first100":
-        return np.array(numbers) < 100
+        return numbers < 100
     if split != "random":
         raise UserError(f"unknown split {split!r} of event recordings: choose first100 or random")
     test = np.zeros(len(labels), bool)
-    # A random tenth of each class, the same in every process and on every machine.
+    # A tenth of the numbers of each class, the same in every process and on every machine. Copies
+    # of a recording have the same number, so that no copy of a test recording is trained on.
     for c in np.unique(labels):
-        shuffled = np.random.default_rng(c).permutation(np.flatnonzero(np.equal(labels, c)))
-        test[shuffled[:max(1, len(shuffled) // 10)]] = True
+        shuffled = np.random.default_rng(c).permutation(np.unique(numbers[labels == c]))
+        drawn = shuffled[:max(1, len(shuffled) // 10)]
+        test |= (labels == c) & np.isin(numbers, drawn)
     return test
 
 
-def fingerprint(recordings):
-    return f"{zlib.crc32(repr(recordings).encode()):08x}"
-
-
-def complete_recordings(folder, classes, ending, split):
-    """(recordings, bool [N]: which are the test set) of a folder that holds all it has to."""
-    for packed in sorted(folder.glob("[!.]*.zip")):
-        unpack(packed, ending)
-    recordings = find_recordings(folder, classes, ending)
-    missing = set(range(len(classes))) - {label for label, *_ in recordings}
-    if missing:
-        label = classes[min(missing)]
-        raise UserError(f"{folder} has no recordings of class {label}: {ORIGINALS}")
+def make_frames(event_set, folder, recordings, split, timesteps, by, workers):
+    """Frames and labels of the recordings in a folder: (training, test)."""
+    labels, _, paths, *_ = zip(*recordings) if recordings else ((), (), ())
+    for label, name in enumerate(event_set.classes):
+        if label not in labels:
+            raise UserError(
+                f"{folder} has no recordings of class {name}: put there Train.zip and Test.zip of "
+                "N-MNIST (garrickorchard.com/datasets/n-mnist) or the ten zip files of CIFAR10-DVS "
+                "(figshare.com/articles/dataset/CIFAR10-DVS_New/4724671)")
     test = test_part(recordings, split)
     if test.all() or not test.any():
         raise UserError(f"{folder}: split {split} makes {test.sum()} of {len(test)} recordings "
                         "the test set; training and test need some each: choose another")
-    # A recording that lies there twice could be on both sides of a random split. N-MNIST has the
-    # same numbers in training and test.
-    seen = {}
-    for label, number, path, *_ in recordings:
-        twin = seen.setdefault((label, number, in_test_folder(path)), path)
-        if twin != path:
-            raise UserError(f"{folder}: {twin} and {path} are one recording, delete one")
-    return recordings, test
+    paths = [folder / path for path in paths]
+    dataset = Recordings(event_set, paths, labels, timesteps, by)
+    frames, labels = read_all(dataset, range(len(paths)), workers, "recordings")
+    return (frames[~test], labels[~test]), (frames[test], labels[test])
 
 
 def load_events(name, folder, workers, timesteps, split, by):
     """A data set of recordings from prepared frames, which are made where they are missing."""
     event_set = EVENT_SETS[name]
-    classes, ending, size = event_set.classes, event_set.ending, event_set.size
-    split = event_set.split or split
-    # What frames depend on is in their name, or, the recordings, in the file beside them.
+    size, split = event_set.size, event_set.split or split
+    # The names of the files say how the frames were made, and source*.txt from which recordings.
     suffix = f"_T{timesteps}_{by}_{size}_{split}"
     paths, source = array_paths(folder, suffix), folder / f"source{suffix}.txt"
     complete = all(path.exists() for path in paths)
-    recordings = find_recordings(folder, classes, ending)
-    known = source.read_text() if source.exists() else None
-    # Complete frames serve alone, too, when the recordings are gone.
-    if not complete or recordings and known != fingerprint(recordings):
+    recordings, checksum = find_recordings(folder, event_set)
+    made_from = source.read_text() if source.exists() else None
+    # Where the recordings are gone, the frames alone serve.
+    if complete and (not recordings or made_from == checksum):
+        train, test = read_arrays(paths, (timesteps, 2, size, size), len(event_set.classes))
+    else:
         if complete:
-            print(f"  {folder}: other recordings than before, making frames again", flush=True)
+            print(f"  {folder}: the recordings have changed, making frames again", flush=True)
         elif name == "shapes-dvs":
             draw_recordings(folder)
-        recordings, test = complete_recordings(folder, classes, ending, split)
-        files = Recordings(name, [folder / path for _, _, path, *_ in recordings], timesteps, by)
-        frames, labels = make_frames(files, workers), np.uint8([label for label, *_ in recordings])
-        # While frames are written, the file that vouches for them is empty.
-        write_atomically(source, lambda file: None)
-        write_arrays(paths, (frames[~test], labels[~test], frames[test], labels[test]))
-        write_atomically(source, lambda file: file.write(fingerprint(recordings).encode()))
-    train, test = read_arrays(paths, (timesteps, 2, size, size), len(classes))
+        for packed in sorted(folder.glob("[!.]*.zip")):
+            unpack(packed, event_set.ending)
+        recordings, checksum = find_recordings(folder, event_set)
+        train, test = make_frames(event_set, folder, recordings, split, timesteps, by, workers)
+        try:
+            # Empty until all frames are written.
+            write_atomically(source, lambda file: None)
+            for path, array in zip(paths, (*train, *test)):
+                write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
+            write_atomically(source, lambda file: file.write(checksum.encode()))
+        except UserError as error:
+            # A read-only folder serves as well.
+            print(f"  {error}: the next run has to make these frames again", flush=True)
     # This deviation undoes the scale, so that the network sees events per pixel. Shifts of up to 5
-    # pixels are usual. Digits are not mirrored.
-    return Resident(name, train, test, classes, (0.0, 0.0), (event_set.scale / 255,) * 2, pad=5,
-                    flip=event_set.flip, split=split)
-
-
-def make_frames(recordings, workers):
-    """The frames of all recordings, uint8 [N, T, 2, size, size], made by worker processes."""
-    n, size, done = len(recordings.paths), recordings.event_set.size, 0
-    frames = np.empty((n, recordings.timesteps, 2, size, size), np.uint8)
-    start = printed = time.perf_counter()
-    batches = [range(first, min(first + 25, n)) for first in range(0, n, 25)]
-    for batch in worker_batches(recordings, batches, workers):
-        # Copied at once, because few batches fit into the memory that is shared with workers.
-        frames[done:done + len(batch)] = batch.numpy()
-        done += len(batch)
-        now = time.perf_counter()
-        # CIFAR10-DVS takes a minute.
-        if now > printed + 5:
-            printed, rate = now, done / (now - start)
-            print(f"  frames of {done:,d} of {n:,d} recordings, {rate:.0f}/s, "
-                  f"{(n - done) / rate:.0f} s left", flush=True)
-    return frames
-
-
-def write_aedat(path, t, x, y, p):
-    """Events, as read_aedat gives them, as an AEDAT 2.0 recording."""
-    # The reverse of what read_aedat does with an address.
-    events = np.stack([127 - x << 8 | 127 - y << 1 | 1 - p, t], 1).astype(">u4")
-    header = b"#!AER-DAT2.0\r\n# drawn, not recorded\r\n"
-    write_atomically(path, lambda file: file.write(header + events.tobytes()))
+    # pixels are usual.
+    return Resident(name, train, test, event_set.classes, (0.0, 0.0), (event_set.scale / 255,) * 2,
+                    pad=5, flip=event_set.flip, split=split)
 
 
 def draw_recordings(folder, per_class=80, size=128, steps=16):
-    """The SHAPES going round in a small circle before a camera of events, as recordings
-    <shape>/drawn_<shape>_<number>.aedat. Numbers begin at 80, so that the split first100 has 20 in
-    its test set."""
+    """The SHAPES moving in a small circle in front of an event camera, as recordings
+    <shape>/drawn_<shape>_<number>.aedat. Numbers begin at 80, so that the split first100 has 20
+    test recordings of each."""
     for label, i in np.ndindex(len(SHAPES), per_class):
         path = folder / SHAPES[label] / f"drawn_{SHAPES[label]}_{80 + i}.aedat"
         # An earlier call may have been interrupted.
@@ -902,7 +816,7 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
             continue
         rng = np.random.default_rng((label, i))
         radius = rng.uniform(0.25, 0.4) * size
-        # Once round, in either direction and from any angle.
+        # A full turn, in either direction and from any angle.
         turn = 2 * np.pi * rng.choice([-1, 1])
         angle = np.linspace(0, turn, steps + 1) + rng.uniform(0, 2 * np.pi)
         circle = 8 * np.stack([np.sin(angle), np.cos(angle)])
@@ -912,7 +826,7 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
         # or uncovered gives an event.
         covered = shape_masks(size, centre[..., None, None], radius, phase, label)
         step, y, x = (covered[1:] != covered[:-1]).nonzero()
-        # Some shapes are brighter than the ground, some darker.
+        # Some shapes are brighter than the background, some darker.
         p = covered[step + 1, y, x] ^ rng.integers(2)
         # Noise adds a tenth more events, anywhere.
         noise = rng.integers(0, [[steps], [size], [size], [2]], (4, len(step) // 10))
@@ -925,46 +839,33 @@ def draw_recordings(folder, per_class=80, size=128, steps=16):
 
 # ---- Loading a data set by its name -------------------------------------------------------------
 
-def download_cifar(name, root):
-    """Images and labels of training and of test, from the original in root."""
-    original = getattr(torchvision.datasets, name.upper())
-    try:
-        # torchvision verifies what is there and downloads the rest.
-        train, test = (original(root, train=train, download=True) for train in (True, False))
-    # A download fails in many ways.
-    except Exception as error:
-        raise UserError(f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): "
-                        f"put {original.filename} from {original.url} there, or prepared arrays "
-                        f"{{train,test}}_{{images,labels}}.npy into {root / name}") from error
-    return train.data, np.uint8(train.targets), test.data, np.uint8(test.targets)
+def load_cifar(name, root):
+    """CIFAR from prepared arrays in root/name, or else from the original in root."""
+    paths, num_classes = array_paths(root / name), {"cifar10": 10, "cifar100": 100}[name]
+    if all(path.exists() for path in paths):
+        train, test = read_arrays(paths, (32, 32, 3), num_classes)
+    else:
+        original = getattr(torchvision.datasets, name.upper())
+        try:
+            # torchvision verifies what is there and downloads the rest.
+            parts = original(root, train=True, download=True), original(root, train=False)
+        # A download can fail in many ways.
+        except Exception as error:
+            raise UserError(
+                f"{name} is not in {root} and cannot be downloaded ({first_line(error)}): put "
+                f"{original.filename} from {original.url} there, or arrays "
+                f"{{train,test}}_{{images,labels}}.npy into {root / name}") from error
+        train, test = ((part.data, np.array(part.targets)) for part in parts)
+    return Resident(name, train, test, [str(c) for c in range(num_classes)], *STATISTICS[name])
 
 
-def load_folder(root, size, workers):
-    """A tree of images small enough to live on the device, decoded once."""
-    trees, arrays = image_trees(root), []
-    for tree in trees:
-        tree.transform = fixed_crop(size, size)
-        keys = [(i, 0) for i in range(len(tree.samples))]
-        # The size of these batches only says how work is handed out.
-        batches = [keys[first:first + 64] for first in range(0, len(keys), 64)]
-        images, labels = zip(*worker_batches(tree, batches, workers))
-        arrays.append((torch.cat(images).permute(0, 2, 3, 1).numpy(), torch.cat(labels).numpy()))
-    # Mean and deviation come from a histogram of each channel, [3, 256], because np.std would
-    # make a copy of 8 times the size.
-    counts = np.zeros((3, 256), np.int64)
-    for image in arrays[0][0]:
-        counts += [np.bincount(channel, minlength=256) for channel in image.reshape(-1, 3).T]
-    share, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
-    mean = share @ values
-    std = (share @ values ** 2 - mean ** 2).clip(1e-6) ** 0.5
-    return Resident("folder", *arrays, trees[0].classes, mean.tolist(), std.tolist())
-
-
-def load(name, data_dir="data", image_size=None, workers=2, timesteps=4, dvs_split="first100",
+def load(name, data_dir="data", image_size=None, workers=None, timesteps=4, dvs_split="first100",
          bin_by="count"):
-    """A data set, Resident or Streamed. UserError with what to do where that is not possible.
+    """A data set, Resident or Streamed. UserError says what to do where that is not possible.
 
-    image_size  side of shapes, folder (32 unless given) and imagenet (224)
+    image_size  side in pixels of shapes, folder (default 32) and imagenet (224)
+    workers     processes that decode images and recordings; 0: this one does it (default: as many
+                as there are cores for this process, at most 16)
     timesteps   frames that a recording of events is cut into
     bin_by      how it is cut, see bin_events
     dvs_split   the test set: "first100", recordings 0 to 99 of each class, or "random", a tenth of
@@ -973,9 +874,12 @@ def load(name, data_dir="data", image_size=None, workers=2, timesteps=4, dvs_spl
     root = pathlib.Path(data_dir)
     if image_size is None:
         image_size = 224 if name == "imagenet" else 32
+    if workers is None:
+        # A process may have only some cores of a machine. On macOS it cannot ask which.
+        affinity = hasattr(os, "sched_getaffinity")
+        workers = min(16, len(os.sched_getaffinity(0)) if affinity else os.cpu_count())
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    # Large images would not fit on the device.
     if name == "imagenet" or name == "folder" and image_size > RESIDENT_UP_TO:
         tree = root / name if name == "imagenet" else root
         return Streamed(name, tree, image_size, *STATISTICS["imagenet"], workers)
@@ -988,9 +892,4 @@ def load(name, data_dir="data", image_size=None, workers=2, timesteps=4, dvs_spl
             raise UserError(f"shapes have an --image-size up to {RESIDENT_UP_TO}, not {image_size}")
         train, test = draw_shapes(8000, 1, image_size), draw_shapes(1000, 2, image_size)
         return Resident(name, train, test, SHAPES, *STATISTICS[name])
-    # CIFAR remains.
-    paths, num_classes = array_paths(root / name), {"cifar10": 10, "cifar100": 100}[name]
-    if not all(path.exists() for path in paths):
-        write_arrays(paths, download_cifar(name, root))
-    train, test = read_arrays(paths, (32, 32, 3), num_classes)
-    return Resident(name, train, test, [str(c) for c in range(num_classes)], *STATISTICS[name])
+    return load_cifar(name, root)

@@ -4,9 +4,9 @@ They compare with something independent: a NumPy oracle whose backward pass is d
 lemma of the paper, what the authors' code computes, a slow reader, a second process, a run that
 was not interrupted.
 """
+import concurrent.futures
 import copy
 import functools
-import http.server
 import importlib.util
 import math
 import multiprocessing
@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 import types
-import warnings
 import zipfile
 
 import numpy as np
@@ -1013,6 +1012,12 @@ def small_set(pad=4, flip=True):
     return data.Resident("small", training, test, list(range(100)), mean, std, pad, flip)
 
 
+def equal_sets(first, second):
+    """Whether two data sets hold the same images and labels."""
+    return all(torch.equal(*pair) for part in ("train", "test")
+               for pair in zip(first.sets[part], second.sets[part]))
+
+
 def test_augmentation_shifts_and_mirrors_each_image_in_its_own_way():
     dataset = small_set()
     padded = F.pad(dataset.sets["train"][0].permute(0, 3, 1, 2), (4, 4, 4, 4))
@@ -1049,11 +1054,9 @@ def test_frames_of_a_recording_move_together_and_digits_are_not_mirrored():
     assert torch.equal(next(dataset.test(40))[0], expected)
 
 
-@pytest.mark.parametrize("augment", [False, True])
-def test_batches_do_not_depend_on_history_or_on_the_number_of_processes(augment):
+def test_batches_do_not_depend_on_history_or_on_the_number_of_processes():
     dataset = small_set()
-    dataset.augment = augment
-    # 21 images divide neither by two processes nor by the 16 operations of TrivialAugment.
+    # 21 images do not divide by two processes.
     whole = list(dataset.train(21, seed=1, epoch=2))
     assert len(whole) == 4
     # A run that goes on at the third batch sees the last two of the unbroken one.
@@ -1082,58 +1085,35 @@ def test_every_test_image_is_seen_once(world, batch_size):
     assert torch.equal(x[order], dataset.sets["test"][0].permute(0, 3, 1, 2).float())
 
 
-def test_trivial_augment_draws_for_sixteenths_and_leaves_the_global_generator_alone():
-    images = small_set().sets["train"][0][:64]
-    state = torch.get_rng_state()
-    augmented, again, other = (data.trivial_augment(images.clone(), 64, 0, 1, key)
-                               for key in ((0, 0), (0, 0), (0, 1)))
-    assert torch.equal(state, torch.get_rng_state()) and augmented.dtype == torch.uint8
-    assert torch.equal(augmented, again) and not torch.equal(augmented, other)
-    # Four images share an operation. At least half of the 16 must show: some change nothing.
-    changed = (augmented != images).flatten(1).any(1).view(16, 4)
-    assert 8 <= changed.any(1).sum() <= 16
-
-
-def test_cutout_blanks_a_square_to_the_mean():
-    dataset = small_set(pad=0, flip=False)
-    dataset.cutout = 8
-    x, _ = next(dataset.train(100, 0, 0))
-    # Around a corner of the image a quarter of the 8 x 8 pixels is left.
-    blank = (x == 0).all(1).flatten(1).sum(1)
-    assert blank.max() == 64 and blank.min() >= 16 and blank.float().std() > 0
-
-
-def test_cifar_is_downloaded_once_and_prepared(tmp_path, monkeypatch):
-    # The original is an archive of pickled dictionaries that hold images as planes of colour.
-    folder = tmp_path / "served/cifar-100-python"
-    folder.mkdir(parents=True)
+def test_cifar_is_read_from_the_original_or_arrays_and_nothing_is_written(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
-    planes, labels = images.transpose(0, 3, 1, 2).reshape(7, -1), [0, 99, 3, 4, 5, 6, 7]
-    contents = {"train": {"data": planes, "fine_labels": labels},
-                "test": {"data": planes[:2], "fine_labels": labels[:2]},
-                "meta": {"fine_label_names": list(map(str, range(100)))}}
+    labels, original = np.array([0, 99, 3, 4, 5, 6, 7]), torchvision.datasets.CIFAR100
+    # The original is pickled dictionaries that hold images as planes of colour.
+    planes = images.transpose(0, 3, 1, 2).reshape(7, -1)
+    contents = {"train": {"data": planes, "fine_labels": labels.tolist()},
+                "test": {"data": planes[:2], "fine_labels": [0, 99]},
+                "meta": {"fine_label_names": []}}
+    (tmp_path / "cifar-100-python").mkdir()
     for name, content in contents.items():
-        (folder / name).write_bytes(pickle.dumps(content))
-    shutil.make_archive(folder, "gztar", folder.parent, folder.name)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder.parent)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    # torchvision is to take what is served here, and not to compare it with checksums.
-    original, url = torchvision.datasets.CIFAR100, f"http://127.0.0.1:{server.server_port}/"
-    changes = dict(url=url + "cifar-100-python.tar.gz", tgz_md5=None, train_list=[["train", None]],
-                   test_list=[["test", None]], meta={**original.meta, "md5": None})
+        (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps(content))
+    # torchvision is not to compare these files with the checksums of the real ones.
+    changes = dict(train_list=[["train", None]], test_list=[["test", None]],
+                   meta={**original.meta, "md5": None}, url="http://127.0.0.1:9/nowhere")
     for name, value in changes.items():
         monkeypatch.setattr(original, name, value)
-    data.load("cifar100", tmp_path / "data")
-    # From now on the prepared arrays alone must serve.
-    shutil.rmtree(tmp_path / "data/cifar-100-python")
-    monkeypatch.setattr(original, "url", url + "nowhere")
-    dataset = data.load("cifar100", tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    dataset = data.load("cifar100", tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before and len(dataset) == 7
     x, y = next(dataset.test(2))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))
     torch.testing.assert_close(x, (torch.tensor(images[:2]).permute(0, 3, 1, 2) / 255 - mean) / std)
-    assert y.tolist() == [0, 99] and len(dataset) == 7
+    assert y.tolist() == [0, 99]
+    # Prepared arrays serve without the original.
+    folder = tmp_path / "arrays/cifar100"
+    folder.mkdir(parents=True)
+    for path, array in zip(data.array_paths(folder), (images, labels, images[:2], labels[:2])):
+        np.save(path, array)
+    assert equal_sets(dataset, data.load("cifar100", tmp_path / "arrays"))
     message = r"^cifar100 is not in [^\n]* cannot be downloaded [^\n]*nowhere[^\n]*$"
     with pytest.raises(data.UserError, match=message):
         data.load("cifar100", tmp_path / "other")
@@ -1158,12 +1138,13 @@ def image_tree(root, n=3, modes=("RGB", "L", "RGBA", "P")):
 def test_a_folder_of_images_of_every_mode(tmp_path, size, kind):
     image_tree(tmp_path)
     # What macOS, Jupyter and the usual preparation of ImageNet leave behind is no part of the set:
-    # hidden files, and in test/ images without a class or of none that is trained.
+    # hidden files, and images of the test set without classes.
     (tmp_path / "train/cats/._0.png").write_bytes(b"\0\5\26\7")
     for place in ("train", "train/dogs", "val"):
         shutil.copytree(tmp_path / "val/cats", tmp_path / place / ".ipynb_checkpoints")
     shutil.copytree(tmp_path / "val/cats", tmp_path / "test/unlabelled")
-    shutil.copy(tmp_path / "val/cats/0.png", tmp_path / "test/ILSVRC2012_test_1.png")
+    # Nor is a folder an image, whatever its name.
+    (tmp_path / "train/cats/holiday.jpg").mkdir()
     dataset = data.load("folder", tmp_path, image_size=size, workers=1).to("cpu")
     assert isinstance(dataset, kind) and dataset.classes == ["cats", "dogs"] and len(dataset) == 24
     batches = list(dataset.train(8, 0, 0))
@@ -1177,11 +1158,28 @@ def test_a_folder_of_images_of_every_mode(tmp_path, size, kind):
         assert torch.equal(x[1::2], part[0]) and torch.equal(y[1::2], part[1])
     labels = torch.cat([y for _, y in dataset.test(10)])
     assert labels.tolist() == [0] * 12 + [1] * 12 + [-1] * 6
-    if kind == data.Resident:
-        # Normalised with the mean and deviation of all its training pixels.
-        pixels = dataset.sets["train"][0].reshape(-1, 3).double().numpy() / 255
-        expected = [pixels.mean(0), pixels.std(0)]
-        np.testing.assert_allclose([dataset.mean, dataset.std], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size, parts", [
+    (24, "train val test"), (112, "train val test"), (24, "train test"), (112, "train val")])
+def test_all_of_train_is_trained_on_and_all_of_val_or_else_test_is_evaluated(
+        tmp_path, size, parts):
+    # Each image has a grey value of its own.
+    greys, values = iter(range(10, 250, 3)), {}
+    for part in parts.split():
+        for path in (tmp_path / part / name / f"{i}.png" for name in "ab" for i in range(8)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            values.setdefault(part, []).append(next(greys))
+            Image.new("RGB", (30, 30), (values[part][-1],) * 3).save(path)
+    dataset = data.load("folder", tmp_path, image_size=size, workers=0).to("cpu")
+
+    def seen(batches):
+        # The brightest value, because shifted images have a black margin.
+        reds = torch.cat([x[y >= 0, 0].amax((1, 2)) for x, y in batches])
+        return (255 * (reds * dataset.std[0] + dataset.mean[0])).round().int().tolist()
+
+    assert sorted(seen(dataset.train(4, 0, 0))) == values["train"]
+    assert seen(dataset.test(5)) == values["val" if "val" in parts else "test"]
 
 
 @pytest.mark.parametrize("size", [24, 112])
@@ -1197,6 +1195,8 @@ def test_the_first_classes_and_some_images_alone(tmp_path, size):
         dataset.limit(13)
     dataset.limit(5)
     assert len(dataset) == 5 and len(list(dataset.train(2, 0, 0))) == 2
+    dataset.limit_test(7)
+    assert torch.cat([y for _, y in dataset.test(5)]).tolist() == [0] * 7 + [-1] * 3
 
 
 # Pillow's names for whole numbers of 16 and of 32 bits and for fractions.
@@ -1205,6 +1205,94 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, mode):
     Image.new(mode, (20, 20)).save(image_tree(tmp_path, n=1) / "train/cats/deep.tiff")
     with pytest.raises(data.UserError, match=r"deep.tiff: .*more than 8 bits[^\n]*$"):
         data.load("folder", tmp_path, image_size=16, workers=1)
+
+
+def test_reading_a_whole_set_keeps_no_batch_open():
+    items = [(np.full((2, 2), i % 256, np.uint8), i) for i in range(5000)]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # 200 batches follow, and a batch from a worker holds two files open.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limit[1]))
+    try:
+        arrays, labels = data.read_all(items, range(5000), 1, "items")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert labels.tolist() == list(range(5000)) and np.array_equal(arrays[:, 1, 1], labels % 256)
+
+
+def test_worker_processes_outlive_signals_but_not_the_program():
+    # Ctrl-C reaches the workers as well and must not end them: after it there are still two. They
+    # end with their loader, which a process of the program's own survives. Of the second loader not
+    # all batches are taken, so its workers are still at work when the program ends.
+    script = """
+import multiprocessing, os, signal, time
+import data
+print(signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL)
+own = multiprocessing.Process(target=time.sleep, args=(600,), daemon=True)
+own.start()
+def loader():
+    return data.worker_batches(range(60), [[number] for number in range(60)], workers=2)
+batches = loader()
+# The first two batches show that both workers are ready.
+numbers = [next(batches).item(), next(batches).item()]
+for worker in {*multiprocessing.active_children()} - {own}:
+    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, signal.SIGTERM)
+numbers += [next(batches).item() for _ in range(50)]
+print(numbers == list(range(52)), len(multiprocessing.active_children()))
+batches.close()
+print(multiprocessing.active_children() == [own])
+batches = loader()
+next(batches)
+"""
+    assert python("-c", script, seconds=60) == "True\nTrue 3\nTrue\n"
+
+
+def test_two_writers_of_one_file_write_it_whole(tmp_path):
+    path = tmp_path / "new/file"
+
+    def write_200_times(letter):
+        found = set()
+        for _ in range(200):
+            data.write_atomically(path, lambda file: file.write(letter * 5000))
+            found.add(path.read_bytes())
+        return found
+
+    # Threads have the same process number, as processes of two containers may have.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = set().union(*pool.map(write_200_times, (b"a", b"b")))
+    assert found == {b"a" * 5000, b"b" * 5000} and os.listdir(path.parent) == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_a_new_one_has_usual_permissions(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
+    with pytest.raises(data.UserError, match="cannot write .*file"):
+        data.write_atomically(path, lambda file: file.write(bytes(1000)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    # Ctrl-C while writing.
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(path, lambda file: signal.raise_signal(signal.SIGINT))
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    usual = os.umask(0o027)
+    try:
+        data.write_atomically(path, lambda file: file.write(b"new"))
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(usual)
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_pace_tells_rate_and_time_left():
+    pace = data.Pace(40, "images")
+    pace.count(10)
+    time.sleep(0.2)
+    pace.count(10)
+    # The first batch is not timed. Ten images in at least 0.2 seconds, and 20 more to come.
+    assert 1 < pace.rate() <= 50 and not pace.due()
+    assert str(pace).split()[:4] == "20 of 40 images,".split() and str(pace).endswith("s left")
+    assert [data.duration(s) for s in (65, 5760)] == ["1 min 05 s", "1.6 h"]
 
 
 # ---- events --------------------------------------------------------------------------------------
@@ -1339,22 +1427,24 @@ def test_area_mean_equals_splitting_every_pixel(n, size):
     assert np.allclose(data.area_mean(frames, size), slow_area_mean(frames, size), atol=1e-4)
 
 
-@pytest.mark.parametrize("read, raw", [
+@pytest.mark.parametrize("name, raw", [
     # Nothing, another kind of file, a newer version of the format.
-    (data.read_aedat, b""), (data.read_aedat, b"PK\x03\x04" + bytes(60)),
-    (data.read_aedat, b"#!AER-DAT3.1\r\n" + bytes(80)),
+    ("cifar10-dvs", b""), ("cifar10-dvs", b"PK\x03\x04" + bytes(60)),
+    ("cifar10-dvs", b"#!AER-DAT3.1\r\n" + bytes(80)),
     # No event, a header without end, an event without end, nothing but a trigger.
-    (data.read_aedat, HEADER), (data.read_aedat, HEADER + b"# no end"),
-    (data.read_aedat, aedat([5, 5], [1, 2])[:-3]), (data.read_aedat, aedat([0x8000], [1])),
+    ("cifar10-dvs", HEADER), ("cifar10-dvs", HEADER + b"# no end"),
+    ("cifar10-dvs", aedat([5, 5], [1, 2])[:-3]), ("cifar10-dvs", aedat([0x8000], [1])),
     # Addresses beyond those of a DVS128, the second with the mark of a trigger.
-    (data.read_aedat, aedat([5, 0x10001], [1, 2])), (data.read_aedat, aedat([5, 0x18000], [1, 2])),
+    ("cifar10-dvs", aedat([5, 0x10001], [1, 2])), ("cifar10-dvs", aedat([5, 0x18000], [1, 2])),
     # Nothing, an event without end, only a mark of the clock, places beyond 34 x 34 pixels.
-    (data.read_nmnist, b""), (data.read_nmnist, bytes(7)), (data.read_nmnist, b"\0\xf0\0\0\0"),
-    (data.read_nmnist, bytes([34, 0, 0, 0, 0])), (data.read_nmnist, bytes([0, 34, 0, 0, 0]))])
-def test_bad_recordings_give_one_line_with_the_name(read, raw, tmp_path):
-    (tmp_path / "bad name.bin").write_bytes(raw)
-    with pytest.raises(data.UserError, match=r"^[^\n]*bad name.bin[^\n]*replace it[^\n]*$"):
-        read(tmp_path / "bad name.bin")
+    ("nmnist", b""), ("nmnist", bytes(7)), ("nmnist", b"\0\xf0\0\0\0"),
+    ("nmnist", bytes([34, 0, 0, 0, 0])), ("nmnist", bytes([0, 34, 0, 0, 0]))])
+def test_bad_recordings_give_one_line_with_the_name(name, raw, tmp_path):
+    path = tmp_path / "bad name.bin"
+    path.write_bytes(raw)
+    recordings = data.Recordings(data.EVENT_SETS[name], [path], [0], 4, "count")
+    with pytest.raises(data.UserError, match=r"^[^\n]*bad name.bin: [^\n]*replace it[^\n]*$"):
+        recordings[0]
 
 
 def write_recordings(root, numbers, inside="{name}", n=300):
@@ -1369,12 +1459,6 @@ def write_recordings(root, numbers, inside="{name}", n=300):
             events = aedat(rng.integers(0, 2**15, n), np.sort(rng.integers(0, 10**6, n)))
             (folder / f"cifar10_{name}_{number}.aedat").write_bytes(events)
     return root / "cifar10-dvs"
-
-
-def equal_sets(first, second):
-    """Whether two data sets hold the same images and labels."""
-    return all(torch.equal(*pair) for part in ("train", "test")
-               for pair in zip(first.sets[part], second.sets[part]))
 
 
 def test_folders_and_zip_files_give_the_same_arrays_wherever_they_lie(tmp_path):
@@ -1399,17 +1483,29 @@ def test_folders_and_zip_files_give_the_same_arrays_wherever_they_lie(tmp_path):
     assert sorted(folder.glob("*.npy")) == sorted(paths)
 
 
-def test_nmnist_is_found_in_folders_of_folders(tmp_path):
-    # A test digit has one event, in the column of its own number; a training digit has two.
-    for part, events in (("Train/Train", 2), ("Test/Test", 1)):
+def test_folders_named_train_and_test_divide_nmnist(tmp_path):
+    # The innermost such folder decides, in any case. Other folders, longer words and the names of
+    # files decide nothing.
+    paths = {"Train/{}/test_00001.bin": 0, "train/latest/{}/2.bin": 0,
+             "Test/TRAIN/{}/contest_7.bin": 0, "Test/pretrained/{}/1.bin": 1,
+             "Train/{}/test/2.bin": 1, "x/TEST/train.d/{}/3.bin": 1}
+    for path, part in paths.items():
         for digit in range(10):
-            path = tmp_path / "nmnist" / part / str(digit) / "1.bin"
-            path.parent.mkdir(parents=True)
-            path.write_bytes(bytes([digit, 2, 128, 0, 0]) * events)
+            file = tmp_path / "nmnist" / path.format(digit)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # A test digit has one event, in the column of its own number; a training digit two.
+            file.write_bytes(bytes([digit, 2, 128, 0, 0]) * (2 - part))
     dataset = data.load("nmnist", tmp_path, timesteps=1, workers=0)
-    assert dataset.split == "official" and not dataset.flip and len(dataset) == 10
-    x, y = next(dataset.test(10))
-    assert y.tolist() == list(range(10)) and all(x[i, 0, 1, 2, i] == 1 for i in range(10))
+    assert dataset.split == "official" and not dataset.flip
+    assert len(dataset) == dataset.test_size() == 30
+    for part, events in (("train", 2), ("test", 1)):
+        images, labels = dataset.sets[part]
+        assert images.flatten(1).sum(1).tolist() == [events] * 30
+        assert images[torch.arange(30), 2, labels, 1].tolist() == [events] * 30
+    # A recording in neither could belong to the test set.
+    shutil.move(tmp_path / "nmnist/Test/pretrained", tmp_path / "nmnist/other")
+    with pytest.raises(data.UserError, match="other/0/1.bin lies in no folder named Train or Test"):
+        data.load("nmnist", tmp_path, timesteps=1, workers=0)
 
 
 def test_frames_are_made_again_where_recordings_have_changed(tmp_path, capsys):
@@ -1431,21 +1527,19 @@ def test_frames_are_made_again_where_recordings_have_changed(tmp_path, capsys):
     assert equal_sets(load(), others) and capsys.readouterr().out == ""
 
 
-# Two good clocks, the second running over its 32 bits. One that was set back in the middle. Two
-# recordings that begin with events left over from before, of later and of earlier times.
-@pytest.mark.parametrize("times, jumps", [
-    (np.arange(500) * 100, False), (2**32 - 2500 + np.arange(500) * 100, False),
-    (np.r_[np.arange(250), np.arange(250)] * 100, True),
-    (np.r_[9 * 10**6 + np.arange(10), np.arange(490) * 100], True),
-    (np.r_[np.arange(10), 9 * 10**6 + np.arange(490) * 100], True)])
-def test_a_clock_that_jumps_gives_a_warning_with_the_name(times, jumps, tmp_path):
-    (tmp_path / "a.aedat").write_bytes(aedat(np.arange(500), times))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        # For slices of equal numbers of events the clock does not matter.
-        for by in ("count", "time"):
-            assert data.Recordings("cifar10-dvs", [tmp_path / "a.aedat"], 4, by)[0].any()
-    assert ["a.aedat: its clock jumps" in str(each.message) for each in caught] == [True] * jumps
+def test_a_folder_that_cannot_be_written_serves(tmp_path, capsys):
+    folder, load = write_recordings(tmp_path, (0, 100)), functools.partial(
+        data.load, "cifar10-dvs", tmp_path, timesteps=2, workers=0)
+    before = sorted(folder.rglob("*"))
+    # No file may grow beyond 0 bytes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))
+    dataset = load()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    (folder / "source_T2_count_48_first100.txt").unlink()
+    assert sorted(folder.rglob("*")) == before
+    out = capsys.readouterr().out
+    assert "cannot write" in out and "make these frames again" in out and out.count("\n") == 1
+    assert equal_sets(dataset, load())
 
 
 def test_sets_are_split_by_number_or_by_lot():
@@ -1454,8 +1548,13 @@ def test_sets_are_split_by_number_or_by_lot():
                            for split in ("first100", "random", "random"))
     assert first[:, :100].all() and not first[:, 100:].any()
     assert np.array_equal(drawn, again) and not np.array_equal(drawn, first)
-    # A tenth of each class, and of each class another.
+    # A tenth of each class, and other numbers in each.
     assert drawn.sum(1).tolist() == [100] * 10 and len(np.unique(drawn, axis=0)) == 10
+    # Where each recording lies there twice, both copies are on the same side.
+    copies = sorted(recordings + [(label, i, f"again/{path}", 0, 0)
+                                  for label, i, path, *_ in recordings])
+    twice = data.test_part(copies, "random").reshape(10, 1000, 2)
+    assert np.array_equal(twice, np.stack([drawn, drawn], 2))
 
 
 def test_what_is_wrong_with_a_set_is_one_line(tmp_path):
@@ -1469,40 +1568,20 @@ def test_what_is_wrong_with_a_set_is_one_line(tmp_path):
     folder = write_recordings(tmp_path, (0, 1))
     refuses("unknown split 'last'", "last")
     refuses("first100 makes 20 of 20", "first100")
-    write_recordings(tmp_path, (0, 1), "again/{name}")
-    refuses("airplane_0.aedat are one recording, delete one$")
-    shutil.rmtree(folder / "again")
     # Bad recordings are found by a worker process.
     os.truncate(folder / "cat/cifar10_cat_1.aedat", 500)
-    refuses("cat_1.aedat .*ends in the middle")
+    refuses("cat_1.aedat: .*ends in the middle")
     (folder / "cat/cifar10_cat_1.aedat").write_bytes(aedat([5, 0x12345], [1, 2]))
-    refuses("cat_1.aedat holds .* 0x12345")
+    refuses("cat_1.aedat: address 0x12345")
     # Bad archives and missing classes are found before any recording is read.
     shutil.make_archive(folder / "dog", "zip", folder, "dog")
     (folder / "dog/cifar10_dog_1.aedat").unlink()
-    refuses("dog.zip cannot be unpacked: only 1 of its 2 record")
+    refuses("dog holds 1 recordings, .*dog.zip 2: delete the folder")
     (folder / "dog.zip").unlink()
     shutil.rmtree(folder / "horse")
     refuses("no recordings of class horse")
     (folder / "horse.zip").write_bytes(b"<html>not found</html>")
     refuses("horse.zip cannot be unpacked")
-
-
-def test_worker_processes_outlive_signals_but_not_the_program():
-    # Ctrl-C reaches worker processes as well and must not end them: after it there are still two.
-    # As not all 60 batches are taken, they are still at work when the program ends, which must not
-    # wait for them. The signals come when the first two batches show that both workers are ready.
-    script = """
-import multiprocessing, os, signal, data
-batches = data.worker_batches(range(60), [[number] for number in range(60)], workers=2)
-numbers = [next(batches).item(), next(batches).item()]
-for worker in multiprocessing.active_children():
-    os.kill(worker.pid, signal.SIGINT)
-    os.kill(worker.pid, signal.SIGTERM)
-numbers += [next(batches).item() for _ in range(50)]
-print(numbers == list(range(52)), len(multiprocessing.active_children()))
-"""
-    assert python("-c", script, seconds=60) == "True 2\n"
 
 
 def test_a_killed_preparation_leaves_nothing_half_done_and_starts_again(tmp_path, monkeypatch):
@@ -1532,19 +1611,8 @@ def test_a_killed_preparation_leaves_nothing_half_done_and_starts_again(tmp_path
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
     # What was left behind begins with a dot and is not looked at.
-    assert not list(folder.glob("[!.]*.npy")) and len(list(folder.glob(".*.npy.*"))) == 1
+    assert not list(folder.glob("[!.]*.npy")) and len(list(folder.glob(".*/*.npy"))) == 1
     assert equal_sets(load(tmp_path), load(tmp_path / "new"))
-
-
-def test_preparing_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
-    write_recordings(tmp_path, range(4))
-    # A clock by which ten seconds pass whenever it is read.
-    ticks = iter(range(100, 1000, 10))
-    monkeypatch.setattr(data.time, "perf_counter", lambda: next(ticks))
-    data.load("cifar10-dvs", tmp_path, dvs_split="random", workers=0)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.split() == "frames of 25 of 40 recordings, 2/s, 6 s left".split()
-    assert "40 of 40" in second and "0 s left" in second
 
 
 def test_drawn_recordings_are_a_set_like_any_other(tmp_path):
@@ -1552,7 +1620,7 @@ def test_drawn_recordings_are_a_set_like_any_other(tmp_path):
     # A second call adds what is missing.
     (tmp_path / "ring/drawn_ring_80.aedat").unlink()
     data.draw_recordings(tmp_path, per_class=1)
-    recordings = data.find_recordings(tmp_path, data.SHAPES, ".aedat")
+    recordings, _ = data.find_recordings(tmp_path, data.EVENT_SETS["shapes-dvs"])
     assert [recording[:2] for recording in recordings] == [(label, 80) for label in range(10)]
     for _, _, path, *_ in recordings:
         t, x, y, p = data.read_aedat(tmp_path / path)
