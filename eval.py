@@ -471,7 +471,7 @@ def draw_potentials(panel, histograms):
                      label=f"t = 1, {start}: off by {distance:.2f}")
     # The legend has its place above the curves.
     panel.set(xlabel="membrane potential after the reset (thresholds)", ylabel="density",
-              ylim=(0, 1.5 * density.max()))
+              ylim=(0, 1.5 * density.max().item()))
     panel.legend(loc="upper left")
 
 
@@ -768,7 +768,7 @@ def evaluate_checkpoint(args, path, checkpoint, device):
     study.path, study.title, study.arch = path, title, network["arch"]
     result = study.result
     print(f"top-1 {percent(result['top1'])}   top-5 {percent(result['top5'])}   "
-          f"of {result['images']:,d} test images")
+          f"of {result['images']} images")
     read_out = [f"t={t}: {percent(right)}" for t, right in enumerate(result["top1_at"], 1)]
     print("read out after  " + "  ".join(read_out))
     if args.inspect or args.report or args.plot or args.picture:
