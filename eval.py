@@ -74,7 +74,7 @@ def test_batches(dataset, batch_size):
 # ---- Spikes -------------------------------------------------------------------------------------
 
 def neurons_of(model):
-    """{name: layer} of all neuron layers, in the order of computation."""
+    """{name: layer} of all neuron layers."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, TrLIF)}
 
 
@@ -429,8 +429,7 @@ COLOURS = "tab:blue", "tab:orange"
 
 
 def pyplot():
-    """matplotlib.pyplot with the settings of all pictures."""
-    # Only pictures need matplotlib.
+    """matplotlib.pyplot with the settings of all pictures. Nothing else needs matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -459,10 +458,8 @@ def draw_potentials(panel, histograms):
     density = histograms.unflatten(1, (-1, BINS_PER_THRESHOLD // 16)).sum(2).double()
     density = 16 * density / density.sum(1, keepdim=True)
     edges = torch.linspace(-RANGE, RANGE, density.shape[1] + 1)
-    # Only the part of the axis where there is something to see.
-    visible = (density.amax(0) > 0.01).nonzero()
-    first, last = visible[0].item(), visible[-1].item() + 1
-    density, edges = density[:, first:last], edges[first:last + 1]
+    # The part of the axis where there is something to see.
+    visible = edges[:-1][density.amax(0) > 0.01]
     # The area first, so that the lines are in front of it.
     panel.stairs(density[2], edges, fill=True, color="lightgrey", label="stationary")
     distances = wasserstein(histograms, histograms[2])
@@ -471,7 +468,7 @@ def draw_potentials(panel, histograms):
                      label=f"t = 1, {start}: off by {distance:.2f}")
     # The legend has its place above the curves.
     panel.set(xlabel="membrane potential after the reset (thresholds)", ylabel="density",
-              ylim=(0, 1.5 * density.max().item()))
+              xlim=(visible[0] - 0.1, visible[-1] + 0.1), ylim=(0, 1.5 * density.max().item()))
     panel.legend(loc="upper left")
 
 
@@ -526,12 +523,6 @@ def plot(study, path):
 
 # ---- Both methods in one picture ----------------------------------------------------------------
 
-# Each surrogate and its name in the picture.
-SURROGATES = {"trsg": "TrSG", "absolute": "window of fixed width"}
-# What a layer starts with, tau = 2.
-DECAY = torch.tensor(0.5)
-
-
 def gradient_norm(surrogate, theta):
     """The norm of the loss's gradient at the first neuron layer of a resnet19 with random weights,
     whose currents scale with theta."""
@@ -549,29 +540,31 @@ def gradient_norm(surrogate, theta):
 
 
 def draw_gradients(panel):
-    """What TrSG is good for."""
+    """What TrSG is for."""
     thetas = (0.25, 0.5, 1, 2, 4)
-    for (surrogate, name), colour in zip(SURROGATES.items(), COLOURS):
+    for surrogate, colour in zip(("trsg", "absolute"), COLOURS):
         norms = [gradient_norm(surrogate, theta) for theta in thetas]
-        panel.loglog(thetas, norms, "o-", color=colour, label=name)
+        panel.loglog(thetas, norms, "o-", color=colour)
     panel.set(title="TrSG: gradients keep their size",
-              xlabel="threshold, in an untrained ResNet-19",
+              xlabel="θ, currents scaled alike; untrained ResNet-19",
               ylabel="gradient norm, first layer of 17")
     # Ticks at the thresholds themselves instead of powers of ten.
     panel.minorticks_off()
     panel.set_xticks(thetas, thetas)
-    panel.legend()
+    panel.legend(["TrSG", "window of fixed width"])
 
 
+@torch.no_grad()
 def draw_windows(panel):
     """Why: for three thresholds, the potentials that meet them, and the windows within which
     gradients pass."""
     for row, theta in enumerate((0.25, 1.0, 4.0)):
+        layer = TrLIF(theta)
         # Currents scale with the threshold. The potentials settle in eight time steps.
         x = theta * (0.5 + torch.randn(9, 50000))
-        _, v, _ = lif(x[:8], torch.tensor(0.0), torch.tensor(theta), DECAY)
+        _, v, _ = lif(x[:8], layer.v_init, layer.threshold, layer.decay)
         # The ninth step up to its charge: the potential before firing.
-        h = v + DECAY * (x[8] - v)
+        h = v + layer.decay * (x[8] - v)
         counts, edges = torch.histogram(h, 120, range=(-4.0, 8.0))
         height = row + 0.6 * counts / counts.max()
         panel.stairs(height, edges, baseline=row, fill=True, color="lightgrey")
@@ -581,16 +574,18 @@ def draw_windows(panel):
             low, high = theta - half, theta + half
             panel.fill_between([low, high], row + top - 0.13, row + top, color=colour, lw=0)
             inside = ((h >= low) & (h <= high)).float().mean()
-            panel.text(6.2, row + top - 0.13, f"{100 * inside:.0f} % inside", color=colour)
+            panel.text(6.2, row + top - 0.13, f"{100 * inside:.0f} % inside", color=colour,
+                       fontsize=9)
     panel.set(title="... because its window (bar) grows with θ",
               xlabel="potential before firing; one layer, random currents",
               yticks=[], xticks=range(-4, 9, 2), xlim=(-4, 9.5), ylim=(-0.4, 2.8))
 
 
+@torch.no_grad()
 def draw_toy(panel):
     """MP-Init in a toy: potentials of one layer at t = 1, from both starts."""
     torch.manual_seed(0)
-    layer, zero, theta = TrLIF(), torch.tensor(0.0), torch.tensor(1.0)
+    layer, zero = TrLIF(), torch.tensor(0.0)
     # After 60 batches 0.9^60 = 0.2 % of the running mean's first value is left.
     for _ in range(60):
         layer(0.5 + 0.5 * torch.randn(4, 10000))
@@ -598,8 +593,8 @@ def draw_toy(panel):
     currents = 0.5 + 0.5 * torch.randn(25, 100000)
     histograms = []
     for x, v_init in (currents[:1], layer.v_init), (currents[:1], zero), (currents, zero):
-        _, v, _ = lif(x, v_init, theta, DECAY)
-        histograms.append(histogram(v, theta))
+        _, v, _ = lif(x, v_init, layer.threshold, layer.decay)
+        histograms.append(histogram(v, layer.threshold))
     draw_potentials(panel, torch.stack(histograms))
     panel.set_title("MP-Init in a toy: one layer, random currents")
 
@@ -680,8 +675,7 @@ def arguments(argv=None):
     p = argparse.ArgumentParser("eval.py", description=__doc__, **how)
     add = p.add_argument
     # What to do.
-    add("checkpoint", nargs="*", type=train.path,
-        help="a checkpoint, or the folder of a run, whose best.pt is taken")
+    add("checkpoint", nargs="*", type=train.path, help="its file, or the folder of a run (best.pt)")
     add("--inspect", action="store_true", help="print all tables, layer by layer (slow)")
     add("--report", type=train.path, metavar="FILE.md", help="write all tables into a file (slow)")
     add("--plot", type=train.path, metavar="FILE.png",
@@ -696,9 +690,8 @@ def arguments(argv=None):
     # How to do it.
     add("--data-dir", type=train.path, default="data", help="where the data sets are (%(default)s)")
     add("--images", type=train.count, metavar="N",
-        help="use N test images only, drawn from all classes, always the same")
-    add("--batch-size", type=train.count, default=256, metavar="N",
-        help="images evaluated at once (%(default)s)")
+        help="use N test images, drawn from all classes, always the same")
+    add("--batch-size", type=train.count, default=256, metavar="N", help="images at once (256)")
     add("--timesteps", type=train.count, metavar="T", help="time steps (as in training)")
     add("--amp", action=argparse.BooleanOptionalAction, help="use bfloat16 (as in training)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
