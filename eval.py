@@ -780,6 +780,9 @@ def main(argv=None):
             raise UserError(f"{args.save_folded} is not a folded network: give another name")
     device = train.use_device(args.device)
     checkpoints = [load_checkpoint(path) for path in args.checkpoint]
+    without = [checkpoint["settings"]["mp_init"] == "off" for checkpoint in checkpoints]
+    if args.picture and without not in ([], [False, True]):
+        raise UserError("--picture takes a network trained with MP-Init, then one trained without")
     # GPUs may round float32 to the 10 bits of TF32. Here they do not.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

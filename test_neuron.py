@@ -1824,10 +1824,10 @@ def flows(model, x):
     return found
 
 
-def checkpoint_file(path, arch="resnet19", amp="--no-amp"):
+def checkpoint_file(path, arch="resnet19", *flags):
     """A checkpoint of a network of width 4 with random weights, as train.py would write it."""
     network = dict(arch=arch, num_classes=10, timesteps=2, in_channels=3, width=4)
-    settings = vars(settings_of("--dataset", "shapes", amp))
+    settings = vars(settings_of("--dataset", "shapes", "--no-amp", *flags))
     content = dict(format=train.FORMAT, network=network, epoch=1, settings=settings)
     mean, std = data.STATISTICS["shapes"][:2]
     content.update(classes=data.SHAPES, mean=mean, std=std)
@@ -2107,7 +2107,8 @@ def test_reports_and_pictures(capsys, monkeypatch, shapes, tmp_path):
     pytest.importorskip("matplotlib")
     # Only for speed. What these numbers must be is tested below.
     monkeypatch.setattr(evaluation, "gradient_norm", lambda *case: 1.0)
-    files = [checkpoint_file(tmp_path / "a.pt"), checkpoint_file(tmp_path / "b.pt", "sew_resnet18")]
+    without = checkpoint_file(tmp_path / "b.pt", "sew_resnet18", "--mp-init", "off")
+    files = [checkpoint_file(tmp_path / "a.pt"), without]
     report = tmp_path / "r.md"
     # The last batch is smaller than the others.
     flags = ["--images", 3, "--batch-size", 2, "--inspect", "--report", report]
@@ -2118,13 +2119,15 @@ def test_reports_and_pictures(capsys, monkeypatch, shapes, tmp_path):
     assert text.count("## Temporal covariate shift") == 2
     assert "blocks.7.lif2" in text and "4.6 pJ" in text
     printed(capsys, evaluation, "--picture", tmp_path / "toy.png")
+    # Labels of the wrong network would be worse than none.
+    fails(capsys, evaluation, ["--picture", tmp_path / "x.png", *files[::-1]], "trained with MP-In")
     for name in ("p.png", "p-2.png", "methods.png", "toy.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("trained, other", [("--amp", "--no-amp"), ("--no-amp", "--amp")])
 def test_precision_is_that_of_training_unless_told(capsys, shapes, tmp_path, trained, other):
-    file = checkpoint_file(tmp_path / "a.pt", amp=trained)
+    file = checkpoint_file(tmp_path / "a.pt", "resnet19", trained)
     for flag, amp in ([], trained), ([other], other):
         said = printed(capsys, evaluation, file, *flag, "--images", 1)
         assert f"computed in {'bfloat16' if amp == '--amp' else 'float32'}\n" in said
