@@ -176,7 +176,7 @@ def operations(model, counts, images):
         leaving = [names[pools.get(source, source)] for source in sources]
         arriving = [counts[name].sum(0) for name in leaving] or [counts["events"]]
         # A convolution or linear layer comes with its BatchNorm.
-        weights = layer[0] if isinstance(layer, nn.Sequential) and len(layer) > 0 else layer
+        weights = layer[0] if isinstance(layer, nn.Sequential) else layer
         fan = fan_out(weights, arriving[0].shape[1:])
         acs = sum((spikes * fan).sum() for spikes in arriving)
         # Only the first layer meets analog values.
@@ -527,7 +527,7 @@ def gradient_norm(surrogate, theta):
     """The norm of the loss's gradient at the first neuron layer of a resnet19 with random weights,
     whose currents scale with theta."""
     torch.manual_seed(0)
-    model = models.build("resnet19", num_classes=10, timesteps=4, width=8, start="kaiming",
+    model = models.build("resnet19", num_classes=10, timesteps=4, width=8, init="kaiming",
                          threshold=theta, surrogate=surrogate)
     # The same neurons fire whatever theta is. Only the window makes a difference.
     models.scale_currents(model, theta)

@@ -1722,7 +1722,7 @@ def test_a_seed_gives_the_same_run_everywhere(capsys, monkeypatch, shapes, train
     assert len(starts) == 17 and any(start != 0 for start in starts)
 
 
-def small(arch, num_classes, timesteps, in_channels, width, start=None, **neuron_options):
+def small(arch, num_classes, timesteps, in_channels, width, init=None, **neuron_options):
     """In the place of models.build: one convolution and neuron layer, compiled in seconds."""
     shape = num_classes, timesteps, in_channels, width
     return models.ResNet(models.Block, [], *shape, neuron_options)
@@ -1905,7 +1905,7 @@ def randomised(arch, events=False, surrogate="trsg"):
     shift and running mean different."""
     torch.manual_seed(0)
     options = dict(in_channels=2 if events else 3, width=4, surrogate=surrogate)
-    model = models.build(arch, num_classes=10, timesteps=2, start="kaiming", **options).double()
+    model = models.build(arch, num_classes=10, timesteps=2, init="kaiming", **options).double()
     for layer in model.modules():
         if isinstance(layer, TrLIF):
             # Thresholds from 0.31 to 0.85, which are the softplus of these.

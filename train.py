@@ -704,7 +704,7 @@ def make_model(args, dataset, device):
     options.update(learnable=not args.fixed_neuron)
     # What is out of range for a network is a mistake in the flags.
     try:
-        model = models.build(**options, start=args.start)
+        model = models.build(**options, init=args.start)
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.scale_currents:
