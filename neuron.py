@@ -329,15 +329,14 @@ def as_table(x):
     Contiguous and channels_last inputs become views without a copy, and layers of all shapes share
     kernels.
     """
-    first, listed, undo = x[0], x, lambda result: result
-    if x.dim() == 5 and not first.is_contiguous():
-        if first.is_contiguous(memory_format=torch.channels_last):
-            # [T, B, H, W, C].
+    listed, undo = x, lambda result: result
+    if x.dim() == 5 and not x[0].is_contiguous():
+        if x[0].is_contiguous(memory_format=torch.channels_last):
+            # [T, B, C, H, W] -> [T, B, H, W, C].
             listed, undo = x.movedim(2, 4), lambda result: result.movedim(4, 2)
     shape = listed.shape
-    # A CPU sums fastest in one row, a GPU needs many. The columns must divide the neurons.
-    neurons = first.numel()
-    columns = max(neurons, 1) if x.device.type == "cpu" else math.gcd(neurons, 2048)
+    # A CPU sums fastest in one row, a GPU needs many.
+    columns = listed[0].numel() if x.device.type == "cpu" else shape[-1]
     return listed.reshape(len(x), -1, columns), lambda result: undo(result.reshape(shape))
 
 

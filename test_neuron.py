@@ -847,18 +847,19 @@ def test_folded_networks_can_be_exported_for_any_batch_size(kind, tmp_path):
         np.testing.assert_allclose(logits, folded(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-# Image sizes one after the other, as in training with varying resolution. On the meta device, which
-# has no values, networks and layers take the way of a GPU.
+# Image sizes one after the other, as some train. On the meta device, which has no values, networks
+# and layers take the way of a GPU.
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_networks_compile_in_one_graph_for_changing_shapes(fused, device, dynamic):
-    network = SHALLOW["resnet"](10, 2, 3, 4, {}).to(device)
+    # One neuron layer.
+    network = models.ResNet(models.Block, [], 10, 2, 3, 4, {}).to(device)
     # fullgraph makes a graph break an error.
-    how = dict(dynamic=dynamic, fullgraph=True)
-    compiled = torch.compile(network, backend="aot_eager", **how)
+    how = dict(dynamic=dynamic, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(network, **how)
     for side in (16, 20, 24):
         compiled(torch.randn(2, 3, side, side, device=device)).sum().backward()
-    layer = torch.compile(TrLIF().to(device).eval(), backend="aot_eager", **how)
+    layer = torch.compile(TrLIF().to(device).eval(), **how)
     for batch in (3, 5, 7):
         layer(torch.randn(4, batch, 8, 6, 6, device=device))
 
