@@ -290,22 +290,20 @@ class Processes:
     """
 
     def __init__(self, device):
-        # torchrun tells each process in its environment which one it is. Without it there is one.
-        try:
-            self.world, self.rank, local_rank = int(os.environ.get("WORLD_SIZE") or 1), 0, 0
-            if self.world != 1:
-                self.rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            if not 0 <= self.rank < self.world:
-                raise ValueError(f"RANK {self.rank} of {self.world}")
-        except (KeyError, ValueError) as error:
-            raise UserError("WORLD_SIZE asks for several processes, which need RANK, LOCAL_RANK, "
-                            "MASTER_ADDR and MASTER_PORT, too: start them with torchrun, or unset "
-                            f"WORLD_SIZE ({type(error).__name__}: {error})") from error
-        self.first_here = local_rank == 0
-        if self.world == 1:
+        self.world, self.rank, self.first_here = 1, 0, True
+        if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
             self.device = use_device(device)
             return
+        # torchrun tells each process in its environment which one it is.
+        names = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
+        values = [os.environ.get(name, "") for name in names]
+        numbers = [int(value) if value.isdecimal() else -1 for value in values[:4]]
+        self.world, self.rank, local_rank, port = numbers
+        if not (0 <= self.rank < self.world and local_rank >= 0 and port >= 0 and values[4]):
+            found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+            raise UserError(f"{found} do not describe one of several processes: start them with "
+                            "torchrun, or unset WORLD_SIZE for a single one")
+        self.first_here = local_rank == 0
         if device.startswith("cuda:"):
             raise UserError(f"--device {device}: each process takes a GPU of its own, give cuda")
         on_cuda = device == "cuda"
@@ -362,18 +360,17 @@ class Processes:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return votes.tolist()
 
-    def gather(self, totals):
-        """Sum totals over the processes into the first one, in place. The others go on from 0, so
-        that the next sum is right, too."""
+    def total(self, sums):
+        """The sum of a tensor over all processes."""
+        sums = sums.clone()
         if self.world > 1:
-            dist.all_reduce(totals)
-            totals *= self.rank == 0
+            dist.all_reduce(sums)
+        return sums
 
-    def equalise(self, model, totals):
-        """Sum totals over the processes into all of them, and give all the first one's buffers.
-        Each has BatchNorm statistics of its own, but what is evaluated has to be what is saved."""
+    def equalise(self, model):
+        """Give all processes the first one's buffers. Each has BatchNorm statistics of its own, but
+        what is evaluated has to be what is saved."""
         if self.world > 1:
-            dist.all_reduce(totals)
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
@@ -406,9 +403,8 @@ class Progress:
     # The epoch, counted from 0, and the steps done in it.
     epoch: int = 0
     step: int = 0
-    # The best test accuracy so far. Any accuracy is better than none.
+    # The best test accuracy so far, and the rows of log.csv.
     best: float = -1.0
-    # The rows of log.csv.
     rows: list = dataclasses.field(default_factory=list)
     # Time spent on this run, without the breaks before it was resumed.
     seconds: float = 0.0
@@ -874,7 +870,7 @@ def main(argv=None):
     start = time.perf_counter() - progress.seconds
     saved = time.perf_counter()
 
-    def save_last(weights):
+    def save_last(weights, totals):
         progress.seconds = time.perf_counter() - start
         if rank == 0:
             more = dict(optimizer=optimizer.state_dict(), totals=totals)
@@ -913,9 +909,7 @@ def main(argv=None):
                 stop_if_bad(totals, scaler, model, x, f"{where}, rate {progress.lr:.3g}")
                 progress.images_per_s = pace.rate()
                 if save_due or stop:
-                    # The checkpoint holds the sums of all processes, for one to go on with.
-                    procs.gather(totals)
-                    save_last(model.state_dict())
+                    save_last(model.state_dict(), procs.total(totals))
                     saved = time.perf_counter()
                 if print_due:
                     # Loss and accuracy in the epoch so far.
@@ -926,12 +920,13 @@ def main(argv=None):
                     stop_by(stop, out, procs)
 
             # The epoch is over. It is saved before the evaluation, which may fail on what it reads.
-            procs.equalise(model, totals)
+            procs.equalise(model)
+            totals = procs.total(totals)
             # One copy from the device serves both checkpoints.
             weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
             # A run may go on with an epoch that is trained and only has to be evaluated.
             if pace.done > 0:
-                save_last(weights)
+                save_last(weights, totals)
             saved = time.perf_counter()
             # Each process evaluates its part of the test set.
             batches = dataset.test(args.batch_size // world, rank, world)
