@@ -9,8 +9,9 @@ A first try that needs no download and four minutes on a laptop:
 Several GPUs:  torchrun --nproc_per_node 8 train.py ...   (--batch-size counts all of them)
 Ctrl-C or SIGTERM finishes the step, saves and leaves; --resume DIR goes on as if nothing happened.
 
-To read this file, start with main, then train_step and score: these three are the training. With a
-single GPU skip the section on several processes, and skip the machine's section unless it is slow.
+To read this file, start with main, then train_step and score: these three are the training. The
+sections on the machine and on checkpoints can wait. With a single GPU skip that on several
+processes: there its functions do nothing of note.
 This file imports neuron.py, models.py and data.py; eval.py imports this one.
 """
 
@@ -43,16 +44,10 @@ import models
 import neuron
 from data import UserError, first_line
 
-# What determines a result besides the network and the data. A flag overrides its recipe's value.
-#   lr            the peak learning rate. A linear warm-up, `warmup` of the run, leads to it, and a
-#                 cosine from it to 0.
-#   neuron_rate   the learning rate of thresholds and time constants, in units of lr. Their
-#                 gradients are sums over a whole layer: at the full rate narrow networks stay at
-#                 chance or diverge.
-#   decayed       what weight decay acts on: all parameters, or weights only (no biases, BatchNorm,
-#                 thresholds and time constants)
-#   batch_size    None: make_dataset chooses it, so that small data sets have enough steps
-#   mixup         alpha of its Beta distribution, 0 for no mixup
+# What determines a result besides the network and the data. Flags of the same names say what each
+# is, and override it. A batch_size of None follows from the size of the data set.
+# The neuron_rate is low in the fast recipe, because the gradients of thresholds and time constants
+# are sums over a whole layer: at the full rate narrow networks stay at chance or diverge.
 RECIPES = {
     # The authors' published code, except that the cosine falls at every step, not every epoch.
     "paper": dict(
@@ -170,7 +165,7 @@ def make_parser():
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=gpu, help="cpu, cuda or cuda:N (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction,
-        help="compute in bfloat16 (default: on GPUs that have it)")
+        help="compute in bfloat16 (default: on GPUs that do so fast)")
     add("--compile", choices=("network", "neurons", "off"),
         help="what torch.compile fuses (network on CUDA, else neurons)")
     add("--no-compile", dest="compile", action="store_const", const="off", help="--compile off")
@@ -214,7 +209,7 @@ def use_device(name):
     """The torch.device of that name, made the current one. UserError where it is unusable."""
     try:
         device = torch.device(name)
-        # A device may exist and still be unusable, because a driver is missing for example.
+        # A device may exist and still be unusable, for example without a driver.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
@@ -244,9 +239,8 @@ def set_precision(args, device, say):
     if on_cuda and torch.__version__ < (2, 13):
         say("The neurons run faster with torch 2.13 or later.")
     if args.amp is None:
+        # Older GPUs are slow in bfloat16.
         args.amp = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-        if on_cuda and not args.amp:
-            say("This GPU is slow in bfloat16, so the network computes in float32 (or add --amp).")
     # Without bfloat16 a GPU may round to TF32 inside matrix products.
     torch.set_float32_matmul_precision("high")
     # Try several algorithms and keep the fastest. Which one that is, and with it the rounding, may
@@ -312,7 +306,10 @@ class Processes:
         # an hour, because the others wait while one process prepares the data.
         backends = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         hour, device_id = datetime.timedelta(hours=1), self.device if on_cuda else None
-        dist.init_process_group(backends, timeout=hour, device_id=device_id)
+        try:
+            dist.init_process_group(backends, timeout=hour, device_id=device_id)
+        except RuntimeError as error:
+            raise UserError(f"cannot join the other processes: {first_line(error)}") from error
 
     def say(self, text):
         """Print in the first process, and at once: output into a file might appear much later."""
@@ -440,8 +437,8 @@ def load_checkpoint(file):
         advice = "it may be truncated, or no checkpoint of train.py"
         raise UserError(f"{file} cannot be read, {advice}: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{file} is no checkpoint of this version of train.py: its format is not "
-                        f"{FORMAT!r}")
+        raise UserError(f"{file} is no checkpoint of train.py, or of another version: its format "
+                        f"is not {FORMAT!r}")
     return checkpoint
 
 
@@ -711,11 +708,10 @@ def start_or_resume(model, checkpoint, args, procs):
     if checkpoint is None:
         return optimizer, progress, totals
     model.load_state_dict(checkpoint["model"])
-    # The optimizer's state brings its old rates and decay. The command line's are to hold.
-    now = [(group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, (lr_scale, decay) in zip(optimizer.param_groups, now):
-        group.update(lr_scale=lr_scale, weight_decay=decay)
+    # This brings back the old rates and decay. Those of the settings hold, which may be new.
+    for group, new in zip(optimizer.param_groups, make_optimizer(model, args).param_groups):
+        group.update(lr_scale=new["lr_scale"], weight_decay=new["weight_decay"])
     # The state takes the memory format of the weights: channels_last on a GPU, not on a CPU.
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -771,8 +767,8 @@ def describe(args, dataset, model, out, procs):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within this block SIGTERM and SIGINT do not end the program. They go into the list that the
-    block gets, whose last item is the latest one, 0 where there was none."""
+    """Within this block SIGTERM and SIGINT do not end the program: their numbers are appended to
+    the list that the block gets. Its last item is the latest signal, or 0."""
     signals = [0]
 
     def note(number, frame):
@@ -801,8 +797,8 @@ def stop_by(number, out, procs):
 
 
 def watched(batches, images, signals, out, procs):
-    """The batches of an evaluation. Says how far it is, and stops at a signal."""
-    pace = data.Pace(images, "test images")
+    """The batches of an evaluation. Prints how far it is, and ends the program at a signal."""
+    pace = data.Pace(images, "images")
     for number, (x, y) in enumerate(batches, 1):
         yield x, y
         # What fills up the last batch is no image.
@@ -811,7 +807,7 @@ def watched(batches, images, signals, out, procs):
             continue
         print_due, stop = procs.agree(pace.due(), signals[-1])
         if print_due:
-            procs.say(pace)
+            procs.say(f"{pace}; evaluation")
         if stop:
             stop_by(stop, out, procs)
 
@@ -831,7 +827,6 @@ def log_row(progress, totals, test, seconds, split):
 
 
 def write_log(file, rows):
-    """Write rows, dicts {column: text}, as a CSV file."""
     text = io.StringIO()
     log = csv.DictWriter(text, rows[-1], lineterminator="\n")
     log.writeheader()
