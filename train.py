@@ -10,8 +10,8 @@ Several GPUs:  torchrun --nproc_per_node 8 train.py ...   (--batch-size counts a
 Ctrl-C or SIGTERM finishes the step, saves and leaves; --resume DIR goes on as if nothing happened.
 
 To read this file, start with main, then train_step and score: these three are the training. The
-sections on the machine and on checkpoints can wait. With a single GPU skip that on several
-processes: there its functions do nothing of note.
+sections on the machine and on checkpoints can wait, and a reader with a single GPU skips the one on
+several processes.
 This file imports neuron.py, models.py and data.py; eval.py imports this one.
 """
 
@@ -68,10 +68,9 @@ RECIPES = {
 # Settings that a resumed run keeps, because its weights, its data or the state of its optimizer
 # would no longer fit.
 FIXED = (
-    *("dataset", "image_size", "dvs_split", "bin_by", "classes", "limit"),
-    *("arch", "timesteps", "width", "threshold", "tau", "mp_init", "surrogate"),
-    *("fixed_neuron", "scale_currents", "recipe", "optimizer", "batch_size"),
-)
+    "dataset image_size dvs_split bin_by classes limit recipe optimizer batch_size arch timesteps "
+    "width threshold tau mp_init surrogate fixed_neuron scale_currents"
+).split()
 FORMAT = "MP-Init + TrSG checkpoint 4"
 
 
@@ -110,7 +109,9 @@ fraction = number(float, 0, 1)
 
 def make_parser():
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser("train.py", description=__doc__, **how)
+    # The rest of the docstring is for readers of this file.
+    about = __doc__.partition("To read this file")[0]
+    parser = argparse.ArgumentParser("train.py", description=about, **how)
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet19", choices=models.ARCHS, help="network (%(default)s)")
@@ -144,7 +145,9 @@ def make_parser():
         help="processes that decode images (default: one per core, at most 16)")
 
     # What has no default here is up to the recipe.
-    about = "What is not given comes from the recipe and is printed at the beginning."
+    about = "Where a flag is not given, the recipe's value holds:"
+    for name, recipe in RECIPES.items():
+        about += f"\n{name}: " + ", ".join(f"{flag} {value}" for flag, value in recipe.items())
     add = parser.add_argument_group("recipe", about).add_argument
     add("--recipe", choices=RECIPES, help="fast for shapes, spikformer for spikformer, else paper")
     add("--epochs", type=count, help="passes over the training set")
@@ -154,10 +157,11 @@ def make_parser():
     add("--lr", type=positive, help="peak learning rate, from which a cosine falls to 0")
     add("--warmup", type=fraction, help="fraction of the run in which the rate rises to --lr")
     add("--neuron-rate", type=not_negative, help="learning rate of theta and tau, in units of --lr")
-    add("--weight-decay", type=not_negative, help="weight decay")
-    add("--decayed", choices=("all", "weights"), help="what decays: all parameters, or weights")
+    add("--weight-decay", type=not_negative, help="weight decay of what --decayed says")
+    add("--decayed", choices=("all", "weights"),
+        help="all parameters, or weights only: no biases, BatchNorm, theta and tau")
     add("--init", choices=("published", "kaiming"), help="initial weights, see models.build")
-    add("--label-smoothing", type=fraction, help="label smoothing")
+    add("--label-smoothing", type=fraction, help="fraction of the target that all classes share")
     add("--mixup", type=not_negative, help="alpha of mixup's Beta distribution, 0 for none")
     add("--seed", default=0, type=number(int, 0, 2**63), help="random seed (0)")
 
