@@ -2390,11 +2390,14 @@ def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["WORLD_SIZE=two", "WORLD_SIZE=0", "RANK=2", "RANK=",
-                                   "LOCAL_RANK=", "MASTER_ADDR=", "MASTER_PORT="])
+                                   "LOCAL_RANK=", "MASTER_ADDR=", "MASTER_PORT=99999"])
 def test_half_an_environment_is_told_to_start_with_torchrun(capsys, monkeypatch, wrong):
     name, value = wrong.split("=")
     for name, value in {**environments_of_two()[0], name: value}.items():
         monkeypatch.setenv(name, value)
+    fails(capsys, train, [], "start them with torchrun")
+    # A job template may set this one alone.
+    monkeypatch.delenv("RANK")
     fails(capsys, train, [], "start them with torchrun")
 
 
@@ -2449,7 +2452,9 @@ def test_a_signal_ends_an_evaluation(tiny, tmp_path, world, name):
         in_forks(*calls, code=code)
 
     train_all(tmp_path / "whole")
-    train_all(tmp_path / "parts", stop_in_evaluation, number, code=128 + number)
+    # The second time only the evaluation is left.
+    for _ in range(2):
+        train_all(tmp_path / "parts", stop_in_evaluation, number, code=128 + number)
     assert not (tmp_path / "parts/best.pt").exists()
     train_all(tmp_path / "parts")
     assert same(weights(tmp_path / "whole/best.pt"), weights(tmp_path / "parts/best.pt"))

@@ -219,22 +219,15 @@ def use_device(name):
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
-
-
-def keep_freed_memory():
-    """Let the C library keep the memory of freed tensors for the next ones, on Linux.
-
-    Otherwise it returns large blocks to the system and gets them back page by page, which takes a
-    tenth to a half of a training step.
-    """
-    if sys.platform == "linux":
+    if device.type == "cpu" and sys.platform == "linux":
+        # Let the C library keep the memory of freed tensors for the next ones. Otherwise it returns
+        # large blocks to the system and gets them back page by page, which takes a tenth to a half
+        # of a training step.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
         # M_TRIM_THRESHOLD: give nothing back. M_MMAP_MAX: take no block from the system directly.
         mallopt(-1, -1)
         mallopt(-4, 0)
+    return device
 
 
 def set_precision(args, device, say):
@@ -292,28 +285,26 @@ class Processes:
         if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
             self.device = use_device(device)
             return
-        # torchrun tells each process in its environment which one it is.
-        names = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
-        values = [os.environ.get(name, "") for name in names]
-        numbers = [int(value) if value.isdecimal() else -1 for value in values[:4]]
-        self.world, self.rank, local_rank, port = numbers
-        if not (0 <= self.rank < self.world and local_rank >= 0 and port >= 0 and values[4]):
-            found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
-            raise UserError(f"{found} do not describe one of several processes: start them with "
-                            "torchrun, or unset WORLD_SIZE for a single one")
-        self.first_here = local_rank == 0
         if device.startswith("cuda:"):
             raise UserError(f"--device {device}: each process takes a GPU of its own, give cuda")
         on_cuda = device == "cuda"
-        self.device = use_device(f"cuda:{local_rank}" if on_cuda else device)
-        # Gloo serves what lies on the CPU, so that votes need not wait for the GPU. The timeout is
-        # an hour, because the others wait while one process prepares the data.
-        backends = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        hour, device_id = datetime.timedelta(hours=1), self.device if on_cuda else None
+        # torchrun tells each process in its environment which one it is.
+        names = "WORLD_SIZE", "RANK", "LOCAL_RANK"
         try:
+            self.world, self.rank, local_rank = (int(os.environ[name]) for name in names)
+            if not 0 <= self.rank < self.world:
+                raise ValueError(f"no RANK {self.rank} in a WORLD_SIZE of {self.world}")
+            self.first_here = local_rank == 0
+            self.device = use_device(f"cuda:{local_rank}" if on_cuda else device)
+            # Gloo serves what lies on the CPU, so that votes need not wait for the GPU. The timeout
+            # is an hour, because the others wait while one process prepares the data.
+            backends = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+            hour, device_id = datetime.timedelta(hours=1), self.device if on_cuda else None
             dist.init_process_group(backends, timeout=hour, device_id=device_id)
-        except RuntimeError as error:
-            raise UserError(f"cannot join the other processes: {first_line(error)}") from error
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError("cannot join the processes that WORLD_SIZE asks for: start them with "
+                            "torchrun, or unset WORLD_SIZE for a single one "
+                            f"({type(error).__name__}: {first_line(error)})") from error
 
     def say(self, text):
         """Print in the first process, and at once: output into a file might appear much later."""
