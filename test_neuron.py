@@ -1798,30 +1798,35 @@ def test_mixup_and_label_smoothing_by_hand(mixup, smoothing):
     assert sums.tolist() == pytest.approx([loss, (logits.argmax(1) == y.numpy()).sum(), 6])
 
 
-def train_shapes(mp_init, out):
+def train_shapes(flags, out):
     """Three epochs of small drawn shapes with a network of four blocks."""
 
-    def build(*arguments, **options):
-        model = small(*arguments, stages=[(16, 1, 2), (32, 1, 2)], **options)
+    def build(width, **options):
+        stages = [(2 * width, 1, 2), (4 * width, 1, 2)]
+        model = small(width=width, stages=stages, **options)
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         return model
 
     models.build = build
-    flags = "--dataset shapes --image-size 16 --width 8 --timesteps 2 --epochs 3 --no-compile"
-    train.main([*flags.split(), "--mp-init", mp_init, "--out", str(out)])
+    flags += " --dataset shapes --image-size 16 --epochs 3 --no-compile --out"
+    train.main([*flags.split(), str(out)])
 
 
-def test_three_epochs_learn_and_mp_init_raises_the_accuracy_at_the_first_step(tmp_path):
-    # The same seed: the same images in the same order, and the same initial weights.
-    in_forks(*((train_shapes, mp_init, tmp_path / mp_init) for mp_init in ("active", "off")))
-    at1, at2 = map(float, log(tmp_path / "active")[-1][-2:])
-    off1, off2 = map(float, log(tmp_path / "off")[-1][-2:])
-    # About 98 %. A linear classifier of pixels stays near 10 %.
-    assert at2 > 0.9
-    # Without MP-Init the first step lags behind: some 96 % against 77 %.
-    assert at1 > off1 + 0.05 and at2 - at1 < off2 - off1
+def test_three_epochs_are_enough_for_the_shapes(tmp_path):
+    in_forks((train_shapes, "--width 16 --timesteps 1", tmp_path))
+    # About 97 %. A linear classifier of pixels stays near 10 %.
+    assert float(log(tmp_path)[-1][-1]) > 0.9
+
+
+def test_mp_init_raises_the_accuracy_at_the_first_step(tmp_path):
+    # With the same images in the same order and the same initial weights.
+    flags = "--width 8 --timesteps 2 --lr 0.1 --mp-init "
+    in_forks(*((train_shapes, flags + name, tmp_path / name) for name in ("active", "off")))
+    active, off = (float(log(tmp_path / name)[-1][-2]) for name in ("active", "off"))
+    # By seed 82, 78 % with it, 67, 43, 54 % without.
+    assert active > off + 0.05
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
