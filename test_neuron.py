@@ -953,7 +953,7 @@ def test_cuda_compiled_step_is_as_exact_as_a_plain_one_in_less_memory(monkeypatc
 @cuda
 def test_cuda_steps_do_not_wait():
     flags = "--width 8 --timesteps 2 --amp --device cuda".split()
-    args = train.with_recipe(train.parse(flags)[0])
+    args = train.parse(flags)
     model = models.compile_model(models.build("resnet19", 10, 2, width=8).cuda(), fullgraph=True)
     optimizer = train.make_optimizer(model, args)
     scaler = torch.amp.GradScaler("cuda", init_scale=1.0, growth_interval=2**30)
