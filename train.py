@@ -277,7 +277,7 @@ class Processes:
     """This process, number `rank` of the `world` processes that torchrun started.
 
     A process on its own communicates nothing: say prints, from_first and prepare call their
-    function, agree returns its arguments, and leave ends the program.
+    function, agree returns its arguments, and leave ends the program unless all is well.
     """
 
     def __init__(self, device):
