@@ -1,36 +1,40 @@
-"""A leaky integrate-and-fire layer that trains stably: MP-Init and TrSG. Needs torch alone.
+"""A leaky integrate-and-fire layer that trains stably: MP-Init and TrSG. Needs only torch.
 
     from neuron import TrLIF
-    layer = TrLIF()           # learnable threshold (starts at 1) and leak (starts at tau = 2)
+    layer = TrLIF()           # learnable threshold (initially 1) and time constant (initially 2)
     spikes = layer(current)   # [T, B, ...] -> [T, B, ...], each value 0 or layer.threshold
 
-Copy this file into your project. A layer takes the input current of all T time steps at once and
-keeps no membrane potentials between calls, so there is no state to reset. For input current x[t],
-t = 1..T, threshold theta and decay k = 1 / tau:
+Copy this file into your project and use the layer in place of an activation: convolution,
+BatchNorm, TrLIF. It takes the input current of all T time steps at once, B samples each, and keeps
+no membrane potentials between calls, so there is no state to reset. For input current x[t],
+t = 1..T, threshold theta and k = 1 / tau (`decay`, the fraction of its way that v moves in a step):
 
-    charge   h[t] = v[t-1] + k (x[t] - v[t-1])    the potential leaks towards the input current
+    charge   h[t] = v[t-1] + k (x[t] - v[t-1])
     fire     s[t] = 1 if h[t] >= theta else 0
     emit     o[t] = theta s[t]
     reset    v[t] = h[t] - theta s[t]             a spike takes theta away ("soft reset")
 
-Two things go wrong when such a layer is trained directly. Each has its remedy here:
+Two things go wrong when such a layer is trained by backpropagation. This file mends both:
 
-TrSG (threshold-robust surrogate gradient). The step in "fire" has derivative 0 almost everywhere,
-    so training puts another one in its place: 1 in a window around theta, 0 outside. If the window
-    has a fixed width, gradients vanish or explode once a learnable theta drifts away from 1.
-    TrSG takes s as a function of the ratio r = h / theta and emits theta s. This theta cancels
-    the 1 / theta of dr/dh, and no theta is left in do/dh. See `spike`.
-MP-Init (membrane potential initialisation). A potential that starts at v[0] = 0 has another
-    distribution in the first time steps than in later ones ("temporal covariate shift"), and one
-    BatchNorm has to serve them all. But the potential forgets its start and settles into one
-    stationary distribution. MP-Init starts near that distribution's mean: v[0] = mu, a running
-    mean of v[T] over the neurons that fired. See `potential_sums` and `TrLIF.update_v_init`.
+TrSG (threshold-robust surrogate gradient). The jump in "fire" has derivative 0 almost everywhere,
+    so training puts another one in its place: 1 in a window around theta, 0 outside. In a window
+    of fixed width the size of gradients depends on theta: through the reset, dv/dh = 1 - theta
+    inside the window, and how many potentials lie inside changes with theta. Over many layers
+    gradients vanish or explode. TrSG measures h in units of theta, r = h / theta, so its window
+    grows with theta. That puts a factor 1 / theta into the gradient, and emitting theta s instead
+    of s cancels it: do/dh = 1 inside the window, whatever theta is. See `spike`.
+MP-Init (membrane potential initialisation). If every potential starts at v[0] = 0, the first time
+    steps look different from later ones ("temporal covariate shift"), and the BatchNorm behind the
+    next convolution sees all of them with one mean and variance. But a potential forgets its start
+    and settles into a stationary distribution. MP-Init starts close to it: v[0] = mu, a running
+    mean of the last potential v[T]. It counts only the neurons that fired, because the potentials
+    of the others say little about what is emitted. See `TrLIF.update_v_init`.
 
 Source: Kook, Yu, Oh, Park, "Stabilizing Direct Training of Spiking Neural Networks: Membrane
 Potential Initialization and Threshold-robust Surrogate Gradient", WACV 2026, arXiv:2511.08708.
 
-The first part of this file is the method. The second part, from "Speed" on, computes the same
-faster and in less memory. In a copy you can set COMPILE to False and delete it.
+The first part of this file is the method. The second part, from "Speed" on, gives the same results
+faster and in less memory. You can delete it from a copy if you set COMPILE = False.
 """
 import functools
 import math
@@ -49,13 +53,13 @@ COMPILE = True
 def spike(h, threshold, surrogate):
     """s: 1 where h >= threshold, else 0, with a surrogate gradient. arXiv:2511.08708.
 
-    A straight-through estimator: it has the value of the step and the gradient of r in a window
-    around the threshold. Both edges belong to the window. Where h is NaN or infinite, s is NaN.
+    A straight-through estimator: its value jumps from 0 to 1 at the threshold, its gradient is that
+    of r inside a window. Both edges belong to the window. Where h is NaN or infinite, s is NaN.
 
     h, threshold   potential before firing and theta, of the same shape and unit
     surrogate      "trsg" or "absolute", the naive form
     """
-    step = (h >= threshold).to(h.dtype)
+    fires = (h >= threshold).to(h.dtype)
     if surrogate == "trsg":
         # ds/dr = 1 where |r - 1| <= 1/2. For the emitted o = theta s that makes
         #   do/dh     = theta window / theta            = window        no theta is left
@@ -63,15 +67,16 @@ def spike(h, threshold, surrogate):
         r = h / threshold
         window = (r - 1).abs() <= 0.5
     else:
-        # ds/dh = 1 where |h - theta| <= 1/2, whatever theta is. Here do/dh = theta window.
+        # ds/dh = 1 where |h - theta| <= 1/2, whatever theta is. This form emits s itself, so theta
+        # enters through the reset: dv/dh = 1 - theta window.
         r = h - threshold
         window = r.abs() <= 0.5
     # The bracket is 0, but its gradient is that of r.
-    return step + window * (r - r.detach())
+    return fires + window * (r - r.detach())
 
 
 def lif(x, v_init, threshold, decay, surrogate="trsg"):
-    """The neuron: integrate the current over T steps, fire, reset. Its only definition.
+    """The neuron: integrate the current over T time steps, fire, reset.
 
     x          [T, ...] input current, floating point
     v_init     potential before the first step, 0-d or of the shape x[0], in the unit of x
@@ -85,8 +90,8 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     """
     # Currents in bfloat16 still integrate in float32.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # One threshold and one decay per neuron (a view, no memory): their gradients then add up
-    # neuron by neuron and are summed over the layer once, at the end.
+    # Expanded to every entry of x[0], as a view. Autograd then sums their gradients over the layer
+    # once, not once per time step.
     threshold = threshold.to(dtype).expand(x.shape[1:])
     decay = decay.to(dtype).expand(x.shape[1:])
     v = v_init.to(dtype)
@@ -108,26 +113,27 @@ def lif(x, v_init, threshold, decay, surrogate="trsg"):
     return spikes, v, fired
 
 
-def potential_sums(v, fired, mp_init):
-    """What MP-Init's mean is made of: [sum of v[T], number of neurons], no gradient. [2]
+def potential_sums(v, fired, average_over):
+    """Two numbers whose quotient is MP-Init's mean, a tensor [2] without gradient: the sum of v[T]
+    and the number of neurons.
 
-    v, fired   the potential after the last step and which neurons fired, of the same shape
-    mp_init    "active": over the neurons that fired (the paper), because the potentials of the
-               others say little about what is emitted; "all": over every neuron; "off": None
+    v, fired      the potential after the last step and which neurons fired, of the same shape
+    average_over  "active": the neurons that fired (the paper); "all": every neuron; "off": none,
+                  None is returned
     arXiv:2511.08708.
     """
-    if mp_init == "off":
+    if average_over == "off":
         return None
     v = v.detach()
-    chosen = fired.to(v.dtype) if mp_init == "active" else torch.ones_like(v)
-    # Along the last dimension first: a GPU does that in the kernel that computes v.
+    chosen = fired.to(v.dtype) if average_over == "active" else torch.ones_like(v)
+    # In two stages, the first of which a GPU can do while it computes v.
     return torch.stack([(v * chosen).sum(-1), chosen.sum(-1)]).reshape(2, -1).sum(1)
 
 
-def lif_and_sums(x, v_init, threshold, decay, surrogate, mp_init):
+def lif_and_sums(x, v_init, threshold, decay, surrogate, average_over):
     """What a layer computes: its spikes [T, ...], and potential_sums."""
     spikes, v, fired = lif(x, v_init, threshold, decay, surrogate)
-    return torch.stack(spikes), potential_sums(v, fired, mp_init)
+    return torch.stack(spikes), potential_sums(v, fired, average_over)
 
 
 class TrLIF(nn.Module):
@@ -135,24 +141,26 @@ class TrLIF(nn.Module):
 
     threshold  initial theta > 0, in the unit of the current (BatchNorm gives it unit variance)
     tau        initial membrane time constant > 1, in time steps; the decay is k = 1 / tau
-    mp_init    "active": start at the running mean over neurons that fired (the paper);
-               "all": at that over every neuron; "off": v_init stays as it is, at 0
+    mp_init    "active": start at the running mean over the neurons that fired (the paper);
+               "all": at the running mean over every neuron; "off": at 0
     surrogate  "trsg", or "absolute" for the naive form
     momentum   beta, the weight of the newest batch in the running mean
     learnable  whether threshold and tau, one each for the layer, are trained
 
     forward: current [T, B, ...] -> spikes of the same shape and dtype, with values 0 or theta
-    ("trsg"), or 0 or 1 ("absolute"). NaN or infinity in the current gives NaN. Raises TypeError for a current
-    that is not floating point, ValueError for one without T and B or with T = 0.
-    arXiv:2511.08708.
+    ("trsg"), or 0 or 1 ("absolute"). NaN or infinity in the current gives NaN. In training mode a
+    forward updates v_init, in evaluation mode it only reads it, as BatchNorm does with its mean.
+    Raises TypeError for a current that is not floating point, ValueError for one without T and B
+    or with T = 0. arXiv:2511.08708.
 
-    The first call on a large input takes 10 to 20 s, because torch.compile builds a kernel, and so
-    does the first one with another T or dtype. neuron.COMPILE = False switches that off.
+    The first call takes 10 to 20 s while torch.compile builds a kernel, and so does the first call
+    with another T or dtype. neuron.COMPILE = False turns that off. Small inputs on a CPU are never
+    compiled.
 
     Limits:
-    - Each forward in training moves v_init. So in training no torch.utils.checkpoint around a
-      layer, which would run it again from another start (RuntimeError; fused, a layer keeps only
-      its input anyway), no nn.DataParallel, which loses it, and no torch.func or vmap.
+    - In training no torch.utils.checkpoint around a layer: its second run would start elsewhere
+      (RuntimeError). A compiled layer keeps nothing but its input anyway.
+    - In training no nn.DataParallel, which loses v_init, and no torch.func or vmap.
     - With torch.distributed the mean is that of all processes, and each has to make the call.
     - Second derivatives need COMPILE = False.
     - FSDP (fully_shard) takes no 0-d parameters: list raw_threshold, raw_decay in ignored_params.
@@ -181,8 +189,8 @@ class TrLIF(nn.Module):
 
     def reset_parameters(self):
         """Set threshold and tau to their initial values and v_init to 0."""
-        # Trained in raw form, by the inverses of softplus and sigmoid: theta stays above 0, and
-        # k between 0 and 1.
+        # theta = softplus(raw) stays above 0, and k = sigmoid(raw) between 0 and 1. These are the
+        # inverses of both.
         theta, tau = self.initial_threshold, self.initial_tau
         nn.init.constant_(self.raw_threshold, theta + math.log(-math.expm1(-theta)))
         nn.init.constant_(self.raw_decay, -math.log(tau - 1))
@@ -208,36 +216,38 @@ class TrLIF(nn.Module):
             raise TypeError(f"TrLIF needs a floating-point current, not {x.dtype}: use .float()")
         if x.dim() < 2 or x.shape[0] == 0:
             raise ValueError(f"TrLIF needs a current [T, B, ...] with T >= 1, not {list(x.shape)}")
-        mp_init = self.mp_init if self.training else "off"
-        if mp_init != "off" and not torch.compiler.is_compiling():
-            # torch.utils.checkpoint runs a layer again in the backward pass, where this is not -1.
+        # In evaluation mode the layer starts at mu as well, but mu stays.
+        average_over = self.mp_init if self.training else "off"
+        if average_over != "off" and not torch.compiler.is_compiling():
+            # This id is -1 except in a backward pass, where only torch.utils.checkpoint gets here.
             if torch._C._current_graph_task_id() != -1:
                 raise RuntimeError("TrLIF runs again in the backward pass, where it would start "
                                    "from another mean: no torch.utils.checkpoint in training")
         # v[0] = mu. A copy, because mu changes before the backward pass reads it.
         v_init = self.v_init.clone()
         compute = fused_lif_and_sums if COMPILE else lif_and_sums
-        spikes, sums = compute(x, v_init, self.threshold, self.decay, self.surrogate, mp_init)
-        if mp_init != "off":
+        spikes, sums = compute(x, v_init, self.threshold, self.decay, self.surrogate, average_over)
+        if average_over != "off":
             self.update_v_init(sums)
         return spikes
 
     def update_v_init(self, sums):
         """mu <- (1 - beta) mu + beta m, m being the mean of v[T]. sums: see potential_sums."""
         if dist.is_available() and dist.is_initialized():
-            # Every process sees a part of the batch. Sum first, divide after, and N processes do
-            # what one with the whole batch does.
+            # Each process sees a part of the batch. Summed before they are divided, these give
+            # all of them the mean of the whole batch.
             dist.all_reduce(sums)
         total, count = sums
         m = total / count
-        mu = self.v_init.to(m.dtype).lerp(m, self.momentum).to(self.v_init.dtype)
+        mu = self.v_init.to(m.dtype)
+        new = (1 - self.momentum) * mu + self.momentum * m
         # Where no neuron fired, or a potential is NaN or infinite, mu stays.
-        mu = torch.where(m.isfinite(), mu, self.v_init)
+        new = torch.where(m.isfinite(), new, mu).to(self.v_init.dtype)
         if torch.compiler.is_compiling():
             # A new tensor, because the compiled backward pass may read the old one again.
-            self.v_init = mu
+            self.v_init = new
         else:
-            self.v_init.copy_(mu)
+            self.v_init.copy_(new)
 
     def extra_repr(self):
         text = f"mp_init={self.mp_init!r}, surrogate={self.surrogate!r}"
@@ -248,37 +258,61 @@ class TrLIF(nn.Module):
                 f"v_init={self.v_init.item():.4g}, {text}")
 
 
-# ---- Speed and memory. Nothing below belongs to the method: lif_and_sums as one fused kernel -----
+# ---- Speed and memory. Nothing below belongs to the method ---------------------------------------
+
+# The plain loop launches a dozen kernels per time step and keeps each step's potentials for the
+# backward pass. Here torch.compile fuses the loop into one kernel, and the backward pass runs the
+# loop again from x. as_table brings all inputs into one form, so that layers of all shapes share
+# kernels. What each of these is worth: results/speed.md.
 
 # On a CPU a smaller input does not repay the compilation (20 s at T = 16, once).
 CPU_COMPILE_FROM = 2 ** 16
-# The longer the loop, the longer it compiles. More steps run in pieces of so many, which takes 36 s
-# at T = 100 instead of minutes.
+# The time to compile grows with T, so a longer input runs in pieces of so many steps (36 s at
+# T = 100, instead of minutes).
 STEPS_A_KERNEL = 16
+
+
+def as_table(x):
+    """(x as [T, rows, columns], a function that gives such a table the shape of x again).
+
+    Neurons do not interact, so they may be listed in the order in which they lie in memory.
+    Contiguous and channels_last inputs become views without a copy.
+    """
+    listed, undo = x, lambda result: result
+    if x.dim() == 5 and not x[0].is_contiguous():
+        if x[0].is_contiguous(memory_format=torch.channels_last):
+            # [T, B, C, H, W] -> [T, B, H, W, C].
+            listed, undo = x.movedim(2, 4), lambda result: result.movedim(4, 2)
+    shape = listed.shape
+    # Sums go along rows first. A CPU is fastest with one row, a GPU with many of some length: a row
+    # of an image, or the channels of a token.
+    columns = listed[0].numel() if x.device.type == "cpu" else math.prod(shape[3:] or shape[-1:])
+    return listed.reshape(len(x), -1, columns), lambda result: undo(result.reshape(shape))
 
 
 def lif_recomputed(x, v_init, threshold, decay, surrogate):
     """lif for x [T, rows, columns], keeping nothing but x for the backward pass."""
-    # One threshold and decay for each row: their gradients are summed by rows first, too.
+    # One threshold and decay for each row: their gradients are summed along rows first.
     threshold, decay = threshold.expand(x.shape[1], 1), decay.expand(x.shape[1], 1)
-    # The backward pass runs the loop again. Reading x once more is far cheaper than writing and
-    # reading every step's potential. The spikes are stacked outside of the checkpoint, because the
-    # next layer keeps them anyway.
+    # The backward pass runs the loop again, which is safe because lif changes nothing. Reading x
+    # once more is far cheaper than writing and reading every step's potential. The spikes are
+    # stacked outside of the checkpoint, because the next layer keeps them anyway.
     spikes, v, fired = checkpoint(lif, x, v_init, threshold, decay, surrogate,
                                   use_reentrant=False, preserve_rng_state=False)
     return torch.stack(spikes), v, fired
 
 
-def lif_and_sums_recomputed(x, v_init, threshold, decay, surrogate, mp_init):
-    """lif_and_sums for x [T, rows, columns], in one graph, so that v[T] is never stored."""
+def lif_and_sums_recomputed(x, v_init, threshold, decay, surrogate, average_over):
+    """lif_and_sums for x [T, rows, columns]. In one graph, the potentials are never stored."""
     spikes, v, fired = lif_recomputed(x, v_init, threshold, decay, surrogate)
-    return spikes, potential_sums(v, fired, mp_init)
+    return spikes, potential_sums(v, fired, average_over)
 
 
 def compile_options():
-    """Options for torch.compile with which a GPU runs the loop as one kernel each way."""
+    """Options for torch.compile with which a GPU runs the loop, in this layer or in a network that
+    is compiled as a whole, as one kernel each way."""
     options = {
-        # BatchNorm before the loop is computed in the same kernel, never stored.
+        # In a network, BatchNorm is computed in the same kernel and never stored.
         "realize_acc_reads_threshold": 32,
         # Each step's spikes are written where they belong, not gathered by a second kernel. The
         # second of these names is that of torch 2.13 and later.
@@ -292,26 +326,26 @@ def compile_options():
 @functools.cache
 def compiled(function):
     # Each T, dtype and mode needs a kernel of its own. These are soon more than the 8 after which
-    # torch stops compiling.
+    # torch stops compiling. This setting is global.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # With dynamic=True the number of neurons is an argument of a kernel that all layers share.
     return torch.compile(function, dynamic=True, options=compile_options())
 
 
-def run_compiled(table, v_init, threshold, decay, surrogate, mp_init):
+def run_compiled(table, v_init, threshold, decay, surrogate, average_over):
     """lif_and_sums_recomputed(...) as compiled kernels, in pieces where T is large."""
     if len(table) <= STEPS_A_KERNEL:
         kernel = compiled(lif_and_sums_recomputed)
-        return kernel(table, v_init, threshold, decay, surrogate, mp_init)
+        return kernel(table, v_init, threshold, decay, surrogate, average_over)
     v, spikes = v_init.expand(table.shape[1:]), []
     fired = torch.zeros_like(table[0], dtype=torch.bool)
-    # The potential is carried on from piece to piece, and the gradient through it back.
     kernel = compiled(lif_recomputed)
     for piece in table.split(STEPS_A_KERNEL):
+        # Each piece starts from the last one's potential, so gradients flow back through all.
         piece_spikes, v, piece_fired = kernel(piece, v, threshold, decay, surrogate)
         spikes.append(piece_spikes)
         fired = fired | piece_fired
-    return torch.cat(spikes), potential_sums(v, fired, mp_init)
+    return torch.cat(spikes), potential_sums(v, fired, average_over)
 
 
 def being_traced():
@@ -322,32 +356,27 @@ def being_traced():
     return torch.jit.is_tracing() or transformed or dispatched
 
 
-def as_table(x):
-    """(x as [T, rows, columns], a function that gives such a table the shape of x again).
+def refuse_changes(table, spikes):
+    """Make the backward pass from spikes an error if the current has changed by then."""
+    version = table._version
 
-    Neurons do not interact, so they may be listed in the order in which they lie in memory.
-    Contiguous and channels_last inputs become views without a copy, and layers of all shapes share
-    kernels.
-    """
-    listed, undo = x, lambda result: result
-    if x.dim() == 5 and not x[0].is_contiguous():
-        if x[0].is_contiguous(memory_format=torch.channels_last):
-            # [T, B, C, H, W] -> [T, B, H, W, C].
-            listed, undo = x.movedim(2, 4), lambda result: result.movedim(4, 2)
-    shape = listed.shape
-    # A CPU sums fastest in one row, a GPU needs many.
-    columns = listed[0].numel() if x.device.type == "cpu" else shape[-1]
-    return listed.reshape(len(x), -1, columns), lambda result: undo(result.reshape(shape))
+    def check(_):
+        if table._version != version:
+            raise RuntimeError("the current of a TrLIF layer has been modified by an inplace "
+                               "operation before the backward pass: give the layer a clone")
+
+    if spikes.requires_grad:
+        spikes.register_hook(check)
 
 
-def fused_lif_and_sums(x, v_init, threshold, decay, surrogate, mp_init):
-    """lif_and_sums, fused where that pays and is possible, else as it stands."""
+def fused_lif_and_sums(x, v_init, threshold, decay, surrogate, average_over):
+    """lif_and_sums, compiled where that pays and is possible, else as it stands."""
     global COMPILE
-    arguments = v_init, threshold, decay, surrogate, mp_init
+    arguments = v_init, threshold, decay, surrogate, average_over
     if torch.compiler.is_exporting():
         return lif_and_sums(x, *arguments)
     if torch.compiler.is_compiling():
-        # A network that is compiled as a whole fuses the loop itself.
+        # A network that is compiled as a whole fuses the loop itself, in one piece.
         table, undo = as_table(x)
         spikes, sums = lif_and_sums_recomputed(table, *arguments)
         return undo(spikes), sums
@@ -358,28 +387,21 @@ def fused_lif_and_sums(x, v_init, threshold, decay, surrogate, mp_init):
         # Such a tensor can't be kept for the backward pass. Its copy can.
         x = x.clone()
     table, undo = as_table(x)
-    version = table._version
-
-    def refuse_changed_input(_):
-        # The backward pass reads the input again.
-        if table._version != version:
-            raise RuntimeError("the current of a TrLIF layer has been modified by an inplace "
-                               "operation before the backward pass: give the layer a clone")
-
     try:
-        # torch.compile compiles anew for each way in which a view was made. It does not know that
-        # the result of _unsafe_view is one.
+        # _unsafe_view hides that the table is a view. Otherwise torch.compile compiles again for
+        # each way in which a view was made.
         spikes, sums = run_compiled(torch.ops.aten._unsafe_view(table, table.shape), *arguments)
     except torch.OutOfMemoryError:
+        # A RuntimeError, too, but not the compiler's fault.
         raise
     except (RuntimeError, ImportError, OSError) as error:
         # If the input is at fault and not the compiler, this raises the error again.
         result = lif_and_sums(x, *arguments)
         COMPILE = False
         reason = str(error).strip().partition("\n")[0]
-        warnings.warn("neuron.py: torch.compile does not work here, so layers run eagerly (slower, "
-                      f"equal up to rounding): {type(error).__name__}: {reason}")
+        warnings.warn("neuron.py: torch.compile does not work here, so all layers run eagerly from "
+                      f"now on (slower, equal up to rounding): {type(error).__name__}: {reason}")
         return result
-    if spikes.requires_grad:
-        spikes.register_hook(refuse_changed_input)
+    # The saved table has no version counter by which torch itself would notice a change.
+    refuse_changes(table, spikes)
     return undo(spikes), sums

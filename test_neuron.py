@@ -464,18 +464,6 @@ def test_activation_checkpointing_is_an_error_in_training_only(mode, reentrant):
         check_checkpointed(TrLIF())
 
 
-def test_second_derivatives_equal_differences_of_first_ones():
-    torch.manual_seed(0)
-    layer, (x, weight) = TrLIF().double().eval(), torch.randn(2, 3, 50).double()
-    x = (2 * x).requires_grad_()
-
-    def first_derivative(_):
-        return torch.autograd.grad((weight * layer(x)).sum(), x, create_graph=True)
-
-    # gradcheck moves the leak by 1e-6 in place, and compares what the result does.
-    assert torch.autograd.gradcheck(first_derivative, layer.raw_decay, rtol=1e-6, atol=1e-8)
-
-
 BAD_USE = [
     (lambda: TrLIF(threshold=0), "threshold must be above 0"),
     (lambda: TrLIF(threshold=math.nan), "threshold must be above 0"),
@@ -500,6 +488,18 @@ def test_bad_use_of_a_layer_or_network_is_explained_in_a_line(use, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_readmes_example():
+    for v_init, h, spikes in ((0.0, [0.75, 1.125, 0.8125, 1.15625], [0, 1, 0, 1]),
+                              (0.5, [1.0, 0.75, 1.125, 0.8125], [1, 0, 1, 0])):
+        layer, x = TrLIF(threshold=1.0, tau=2.0).eval(), torch.full((4, 1), 1.5)
+        layer.v_init.fill_(v_init)
+        assert layer(x).flatten().tolist() == spikes
+        for t in range(4):
+            # The potential before firing is the one after it plus what a spike takes away.
+            _, v, _ = neuron.lif(x[:t + 1], layer.v_init, layer.threshold, layer.decay)
+            assert v.item() + spikes[t] == h[t]
+
+
 def test_the_file_works_without_its_second_part():
     # neuron.py says: in a copy, set COMPILE to False and delete all from "Speed" on.
     method = {}
@@ -518,14 +518,6 @@ def test_few_compilations_serve_a_whole_training(compilations, arch):
         with torch.no_grad():
             model.eval()(torch.randn(batch, 3, 32, 32))
     assert compilations() <= 4
-
-
-def test_many_time_steps_in_one_process_all_run_fused(captures):
-    # Left alone, torch stops compiling a function after 8 variants. No gradients: that is faster.
-    with torch.no_grad():
-        for T in range(1, 11):
-            TrLIF()(torch.randn(T, 3, 5))
-    assert captures() == 10
 
 
 def test_long_sequences_run_fused_in_pieces(compilations, monkeypatch):
@@ -699,24 +691,6 @@ def test_a_static_image_equals_the_same_frame_at_every_step(arch):
     torch.testing.assert_close(model(frames), logits, rtol=1e-12, atol=1e-12)
     # Two images with the same logits would hide a mix-up of steps and images.
     assert (logits[:, 0] - logits[:, 1]).any()
-
-
-def test_attention_in_either_order_is_the_same():
-    torch.manual_seed(0)
-    layer = models.SpikingSelfAttention(24, 12, {}).double().eval()
-    # Larger currents than BatchNorm's make queries, keys and values fire.
-    for module in layer.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            nn.init.constant_(module.weight, 4.0)
-    x, currents = torch.randint(0, 2, (2, 9, 24)).double(), []
-    layer.lif.register_forward_pre_hook(lambda module, inputs: currents.append(inputs[0]))
-    layer(x, 1)
-    spikes = [part(x, 1) for part in (layer.q, layer.k, layer.v)]
-    q, k, v = (tensor.unflatten(2, (12, 2)).transpose(1, 2) for tensor in spikes)
-    # (q k^T) v here, as published: the layer computes q (k^T v), which is less work.
-    expected = (0.125 * (q @ k.transpose(2, 3)) @ v).transpose(1, 2).flatten(2)
-    assert expected.any()
-    torch.testing.assert_close(currents[0][0], expected)
 
 
 def test_compiling_the_network_changes_rounding_only(monkeypatch):
@@ -974,33 +948,6 @@ def test_cuda_steps_do_not_wait():
 
 
 # ---- data ----------------------------------------------------------------------------------------
-
-def test_shapes_need_more_than_a_linear_classifier():
-    images, labels = data.draw_shapes(5000, 1, size=16)
-    x = images.reshape(5000, -1) / 128 - 1
-    # Least squares on the first 4000 images. Added to the diagonal, 100 keeps the weights small.
-    squares = x[:4000].T @ x[:4000] + 100 * np.eye(x.shape[1])
-    weights = np.linalg.solve(squares, x[:4000].T @ np.eye(10)[labels[:4000]])
-    correct = (x @ weights).argmax(1) == labels
-    # The classifier knows the images it was fitted to rather well, but no others.
-    assert correct[:4000].mean() > 0.4 and correct[4000:].mean() < 0.4
-
-
-def test_shapes_are_reproducible_and_balanced_at_every_size():
-    images, labels = data.draw_shapes(200, 2)
-    assert np.array_equal(images, data.draw_shapes(200, 2)[0])
-    assert not np.array_equal(images, data.draw_shapes(200, 1)[0])
-    assert np.bincount(labels).tolist() == [20] * 10
-    # At twice the side the same shapes lie at the same places, only drawn finer.
-    fine_images, fine_labels = data.draw_shapes(200, 2, size=64)
-    assert np.array_equal(labels, fine_labels)
-    means = fine_images.reshape(200, 32, 2, 32, 2, 3).mean((2, 4))
-    assert np.corrcoef(images.ravel(), means.ravel())[0, 1] > 0.95
-    dataset = data.load("shapes", image_size=16)
-    assert dataset.size == (16, 16) and dataset.pad == 2
-    with pytest.raises(data.UserError, match="up to 96, not 97"):
-        data.load("shapes", image_size=97)
-
 
 def small_set(pad=4, flip=True):
     """100 training and 37 test images of noise. The label of each is its number."""
@@ -1282,17 +1229,6 @@ def test_a_failed_write_leaves_the_old_file_and_a_new_one_has_usual_permissions(
         os.umask(usual)
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
-
-
-def test_pace_tells_rate_and_time_left():
-    pace = data.Pace(40, "images")
-    pace.count(10)
-    time.sleep(0.2)
-    pace.count(10)
-    # The first batch is not timed. Ten images in at least 0.2 seconds, and 20 more to come.
-    assert 1 < pace.rate() <= 50 and not pace.due()
-    assert str(pace).split()[:4] == "20 of 40 images,".split() and str(pace).endswith("s left")
-    assert [data.duration(s) for s in (65, 5760)] == ["1 min 05 s", "1.6 h"]
 
 
 # ---- events --------------------------------------------------------------------------------------
@@ -1615,18 +1551,6 @@ def test_a_killed_preparation_leaves_nothing_half_done_and_starts_again(tmp_path
     assert equal_sets(load(tmp_path), load(tmp_path / "new"))
 
 
-def test_drawn_recordings_are_a_set_like_any_other(tmp_path):
-    data.draw_recordings(tmp_path, per_class=1)
-    # A second call adds what is missing.
-    (tmp_path / "ring/drawn_ring_80.aedat").unlink()
-    data.draw_recordings(tmp_path, per_class=1)
-    recordings, _ = data.find_recordings(tmp_path, data.EVENT_SETS["shapes-dvs"])
-    assert [recording[:2] for recording in recordings] == [(label, 80) for label in range(10)]
-    for _, _, path, *_ in recordings:
-        t, x, y, p = data.read_aedat(tmp_path / path)
-        assert len(t) > 1000 and (np.diff(t) >= 0).all() and 0.3 < p.mean() < 0.7
-
-
 # ---- training and evaluation ---------------------------------------------------------------------
 
 # Processes are forks of one that has imported everything, which saves each of them the seconds
@@ -1757,16 +1681,6 @@ def assert_agreement_with_the_log(capsys, out, images):
 
 def test_evaluation_agrees_with_the_log(capsys, shapes, trained):
     assert_agreement_with_the_log(capsys, trained, images=1000)
-
-
-def test_some_of_the_classes_are_trained_and_evaluated(capsys, monkeypatch, shapes, tmp_path):
-    # A network so small learns enough in a few steps for its accuracy to change with t.
-    monkeypatch.setattr(models, "build", small)
-    flags = "--classes 3 --limit 200 --batch-size 8 --lr 0.05 --epochs 1 --out".split()
-    printed(capsys, train, *SMALL, *flags, tmp_path)
-    assert weights(tmp_path / "last.pt")["head.weight"].shape[0] == 3
-    # The test set holds 100 images of each class.
-    assert_agreement_with_the_log(capsys, tmp_path, images=300)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -2127,7 +2041,7 @@ def test_operations_count_every_spike_of_a_folded_network(arch, events):
         if isinstance(layer, (nn.Conv2d, nn.Linear, models.Scale)):
             spikes = found[name][0]
             fan = evaluation.fan_out(layer, spikes.shape[2:])
-            expected[name.removesuffix(".0")] = (spikes * fan).sum().item() / len(x)
+            expected[name] = (spikes * fan).sum().item() / len(x)
         elif isinstance(layer, models.SpikingSelfAttention):
             q, k, v = (layer.split_heads(found[f"{name}.{part}"][1]) for part in "qkv")
             expected[f"{name} k^T v"] = (k.transpose(2, 3) @ v).sum().item() / len(x)
@@ -2178,7 +2092,7 @@ def test_folding_changes_nothing_and_makes_all_spikes_one(arch, surrogate):
         receives = isinstance(layer, (nn.Conv2d, nn.Linear, models.Scale))
         if layer is folded.head:
             assert (64 * entering == (64 * entering).round()).all()
-        elif sends or (receives and name not in ("stem.0", "patches.0.0")):
+        elif sends or (receives and name not in ("stem", "patches.0")):
             spikes = leaving if sends else entering
             assert ((spikes == 0) | (spikes == 1)).all(), name
             fires.append(spikes.any())
@@ -2186,13 +2100,6 @@ def test_folding_changes_nothing_and_makes_all_spikes_one(arch, surrogate):
     # The original is untouched.
     for layer in neurons(model):
         assert layer.surrogate == surrogate
-
-
-def test_folding_keeps_low_thresholds_of_attention_finite():
-    model = models.fold(models.build("spikformer", 10, 2, width=8, threshold=0.05))
-    # Half the threshold, divided by the heights of the spikes of q, k and v.
-    expected = 0.5 * 0.05 / 0.05**3
-    assert model.attention[0].lif.threshold.item() == pytest.approx(expected, rel=1e-4)
 
 
 # The borders of a histogram's bins, in thresholds.
@@ -2336,17 +2243,6 @@ def test_gradients_keep_their_size_with_trsg_only():
         norms = [evaluation.gradient_norm(surrogate, theta) for theta in (0.1, 1.0, 10.0)]
         spread[surrogate] = max(norms) / min(norms)
     assert spread["trsg"] < 1.5 and spread["absolute"] > 1e3
-
-
-def test_speed_times_the_layer(capsys, monkeypatch):
-    # So small that it runs eager, with nothing to compile.
-    monkeypatch.setattr(evaluation, "NEURONS", {"cpu": (64,)})
-    monkeypatch.setattr(evaluation, "SECONDS", 0.01)
-    said = printed(capsys, evaluation, "--speed", "--device", "cpu")
-    row = next(line for line in said.splitlines() if line.startswith("| 64"))
-    eager, fused, bound = map(float, row.split("|")[2:5])
-    # A copy takes less time than all operations of a layer.
-    assert eager > bound and fused > bound
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -2803,7 +2699,7 @@ resume --recipe paper     || has --recipe fast, not paper
 resume --dataset shapes   || has --dataset cifar10, not shapes
 # Runs that fail on the way.
 new --lr 1e30 --warmup 0  || NaN or infinite by step 8 of epoch 1
-resume --epochs 3 | run/last.pt: infinite | such values: blocks.3.conv2.0 (Conv2d)
+resume --epochs 3 | run/last.pt: infinite | logits are NaN or infinite
 resume --epochs 3 | run: disk full        | cannot write
 """
 ROWS = [row for row in BAD_INPUT.splitlines() if "|" in row]
