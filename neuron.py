@@ -356,17 +356,21 @@ def being_traced():
     return torch.jit.is_tracing() or transformed or dispatched
 
 
-def refuse_changes(table, spikes):
-    """Make the backward pass from spikes an error if the current has changed by then."""
-    version = table._version
+class RefuseChanges(torch.autograd.Function):
+    """Returns the spikes as they are. Their backward pass raises torch's usual error if the current
+    has been modified in place by then."""
 
-    def check(_):
-        if table._version != version:
-            raise RuntimeError("the current of a TrLIF layer has been modified by an inplace "
-                               "operation before the backward pass: give the layer a clone")
+    @staticmethod
+    def forward(ctx, spikes, table):
+        ctx.mark_dirty(spikes)
+        ctx.save_for_backward(table)
+        return spikes
 
-    if spikes.requires_grad:
-        spikes.register_hook(check)
+    @staticmethod
+    def backward(ctx, gradient):
+        # Whoever asks for a saved tensor that has changed gets the error.
+        ctx.saved_tensors
+        return gradient, None
 
 
 def fused_lif_and_sums(x, v_init, threshold, decay, surrogate, average_over):
@@ -402,6 +406,5 @@ def fused_lif_and_sums(x, v_init, threshold, decay, surrogate, average_over):
         warnings.warn("neuron.py: torch.compile does not work here, so all layers run eagerly from "
                       f"now on (slower, equal up to rounding): {type(error).__name__}: {reason}")
         return result
-    # The saved table has no version counter by which torch itself would notice a change.
-    refuse_changes(table, spikes)
-    return undo(spikes), sums
+    # What the kernel saves has lost the version counter by which torch notices a change.
+    return undo(RefuseChanges.apply(spikes, table)), sums

@@ -569,34 +569,12 @@ def train_step(model, loss_and_sums, optimizer, scaler, x, y, args, key):
     return totals
 
 
-def first_bad_layer(model, x):
-    """The first layer, in the order of computation, whose weights or output are not finite."""
-    found = []
-
-    def check(name, layer, _, output):
-        # Hooks are called in the order of computation, so the first name found is the answer.
-        tensors = output, *layer.parameters(recurse=False), *layer.buffers(recurse=False)
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            found.append(f"{name} ({type(layer).__name__})")
-
-    for name, layer in model.named_modules():
-        # A layer that contains others would repeat what those say.
-        if not list(layer.children()):
-            layer.register_forward_hook(functools.partial(check, name))
-    with torch.no_grad():
-        # model(x) may be compiled, and then it calls no hooks.
-        model.forward(x)
-    return found[0] if found else "none, the loss itself or a gradient overflows"
-
-
-def stop_if_bad(totals, scaler, model, x, where):
+def stop_if_bad(totals, scaler, where):
     """UserError where the loss or a gradient was not finite. Waits for the device."""
     # The scaler's scale is 1 until it skips a step with bad gradients and halves it.
     if not totals[0].isfinite() or scaler.get_scale() != 1:
-        layer = first_bad_layer(model, x)
-        raise UserError(f"the loss or a gradient became NaN or infinite {where}; first layer with "
-                        f"such values: {layer}; last.pt, if there is one, holds the last good "
-                        "state; try a lower --lr")
+        raise UserError(f"the loss or a gradient became NaN or infinite {where}: try a lower --lr; "
+                        "last.pt, if there is one, holds the last good state")
 
 
 # ---- The run ------------------------------------------------------------------------------------
@@ -895,7 +873,7 @@ def main(argv=None):
                     continue
                 # Only here does the host wait for the device.
                 where = f"by step {progress.step} of epoch {progress.epoch + 1}"
-                stop_if_bad(totals, scaler, model, x, f"{where}, rate {progress.lr:.3g}")
+                stop_if_bad(totals, scaler, f"{where}, rate {progress.lr:.3g}")
                 progress.images_per_s = pace.rate()
                 if save_due or stop:
                     save_last(model.state_dict(), procs.total(totals))
