@@ -725,6 +725,8 @@ def save_folded(args, checkpoint, model, dataset):
     same = images = difference = 0
     for x, _ in test_batches(dataset, args.batch_size):
         before, after = model(x).mean(0), folded(x).mean(0)
+        if not before.isfinite().all():
+            raise UserError(f"{args.checkpoint[0]}: the network's logits are NaN or infinite")
         same += (before.argmax(1) == after.argmax(1)).sum().item()
         images += len(x)
         # In units of the batch's largest logit.
