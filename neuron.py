@@ -160,7 +160,8 @@ class TrLIF(nn.Module):
     Limits:
     - In training no torch.utils.checkpoint around a layer: its second run would start elsewhere
       (RuntimeError). A compiled layer keeps nothing but its input anyway.
-    - In training no nn.DataParallel, which loses v_init, and no torch.func or vmap.
+    - In training no nn.DataParallel, which loses v_init, no torch.func or vmap, and no
+      torch.inference_mode in a network that is compiled as a whole.
     - With torch.distributed the mean is that of all processes, and each has to make the call.
     - Second derivatives need COMPILE = False.
     - FSDP (fully_shard) takes no 0-d parameters: list raw_threshold, raw_decay in ignored_params.

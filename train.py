@@ -2,7 +2,7 @@
 
 Writes into --out: log.csv (a row per epoch), last.pt (everything needed to go on) and best.pt (the
 network with the best test accuracy). Look at the result with  python eval.py DIR/best.pt.
-A first try that needs no download and four minutes on a laptop:
+A first try that needs no download and takes four minutes on a laptop:
 
     python train.py --dataset shapes --arch resnet19 --width 8 --timesteps 2 --epochs 3
 
@@ -201,7 +201,7 @@ def parse(argv, settings=None):
     # Parse again with other defaults: flags that are given still override them.
     parser.set_defaults(recipe=recipe, **RECIPES[recipe])
     if settings:
-        # These three belong to the command, not to the run.
+        # These three always come from the command line.
         own = "device", "out", "resume"
         parser.set_defaults(**{name: v for name, v in settings.items() if name not in own})
     return parser.parse_args(argv)
@@ -313,7 +313,7 @@ class Processes:
         try:
             print(text, flush=True)
         except OSError:
-            # Whoever read the output is gone, as tee is after Ctrl-C. The run does without.
+            # The reader of our output, tee for example, has quit. We carry on without output.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def from_first(self, function):
@@ -378,8 +378,8 @@ class Processes:
 
 
 def leave_at_once(code):
-    """End one of several processes without the interpreter's own end, which the threads of a
-    process group may outlive, and then they crash."""
+    """End one of several processes by os._exit. In a normal shutdown threads of the process group
+    may still run, and crash."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -399,9 +399,11 @@ class Progress:
     rows: list = dataclasses.field(default_factory=list)
     # Time spent on this run, without the breaks before it was resumed.
     seconds: float = 0.0
-    # The learning rate of the last step, and the speed in this epoch.
+    # For the row of this epoch: the learning rate of the last step, the speed, and the sums over
+    # the training images so far: loss times images, right answers, images.
     lr: float = 0.0
     images_per_s: float = 0.0
+    sums: list = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
 
 
 def save(file, description, progress, weights, **more):
@@ -410,7 +412,7 @@ def save(file, description, progress, weights, **more):
     description   format; network, the arguments of models.build; settings, all flags; classes,
                   mean and std of the data
     weights       model.state_dict(), with MP-Init's means
-    more          in last.pt: the state of the optimizer, and this epoch's totals
+    more          in last.pt: the state of the optimizer
 
     No random generator has a state to save: all draws depend on seed, epoch and step alone.
     """
@@ -428,8 +430,8 @@ def load_checkpoint(file):
                 raise ValueError("its checksums do not fit")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        advice = "it may be truncated, or no checkpoint of train.py"
-        raise UserError(f"{file} cannot be read, {advice}: {first_line(error)}") from error
+        raise UserError(f"{file} cannot be read ({first_line(error)}): it may be truncated, or no "
+                        "checkpoint of train.py") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{file} is no checkpoint of train.py, or of another version: its format "
                         f"is not {FORMAT!r}")
@@ -451,8 +453,8 @@ def check_classes(checkpoint, dataset, data_dir):
     # A label is the place of a class among the names, so other names mean other labels.
     classes = checkpoint["classes"]
     if classes != dataset.classes:
-        counts = f"{len(dataset.classes)} classes, not the {len(classes)} trained on"
-        raise UserError(f"{dataset.name} in {data_dir}: {counts}, or of other names")
+        raise UserError(f"{dataset.name} in {data_dir} has other classes than those trained on: "
+                        f"{len(dataset.classes)} instead of {len(classes)}, or of other names")
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
@@ -472,7 +474,7 @@ def evaluate(model, batches, amp=False):
     for x, y in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
-        # Sums of the logits so far, [T, B, classes]. The largest of a sum is that of the mean.
+        # Sums of the logits so far, [T, B, classes]. The argmax of a sum is that of the mean.
         so_far = logits.float().cumsum(0)
         right = (so_far.argmax(2) == y).sum(1)
         best5 = so_far[-1].topk(min(5, logits.shape[2])).indices
@@ -512,7 +514,7 @@ def make_optimizer(model, args):
 
 def learning_rate(step, steps, args):
     """Linear warm-up to args.lr, then a cosine to 0. steps: of the whole run."""
-    # In steps, not always a whole number.
+    # In steps, perhaps a fraction.
     warmup = args.warmup * steps
     if step < warmup:
         return args.lr * (step + 1) / math.ceil(warmup)
@@ -532,7 +534,8 @@ def score(logits, y, weight, label_smoothing):
     if weight < 1:
         other = F.cross_entropy(logits, y.flip(0), label_smoothing=label_smoothing)
         loss = loss + (1 - weight) * other
-    # With mixup, too, only y counts as right. The sums stay on the device: to read them is to wait.
+    # With mixup, too, only y counts as right. The sums stay on the device, because reading them
+    # would make the host wait.
     right = (logits.argmax(1) == y).sum().float()
     images = torch.full_like(right, len(y))
     return loss, torch.stack([loss.detach() * images, right, images])
@@ -569,20 +572,12 @@ def train_step(model, loss_and_sums, optimizer, scaler, x, y, args, key):
     return totals
 
 
-def stop_if_bad(totals, scaler, where):
-    """UserError where the loss or a gradient was not finite. Waits for the device."""
-    # The scaler's scale is 1 until it skips a step with bad gradients and halves it.
-    if not totals[0].isfinite() or scaler.get_scale() != 1:
-        raise UserError(f"the loss or a gradient became NaN or infinite {where}: try a lower --lr; "
-                        "last.pt, if there is one, holds the last good state")
-
-
 # ---- The run ------------------------------------------------------------------------------------
 
 def open_run(args, argv):
     """(folder of the run, its checkpoint or None, args). Replaces no run unless asked to go on."""
     resume = args.resume
-    # A batch system may repeat a command with --resume auto as it stands.
+    # With auto a batch system can run the same command again.
     if resume == "auto":
         resume = args.out if os.path.exists(f"{args.out}/last.pt") else None
     # A new run.
@@ -611,16 +606,16 @@ def open_run(args, argv):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"the run in {file.parent} has {flag} {old[name]}, not {new}")
     if checkpoint["epoch"] >= args.epochs:
-        raise UserError(f"--epochs {args.epochs} are too few: the run in {file.parent} is in epoch "
+        raise UserError(f"--epochs {args.epochs} is too few: the run in {file.parent} is in epoch "
                         f"{checkpoint['epoch'] + 1} already")
     return file.parent, checkpoint, args
 
 
-def claim(out, goes_on):
-    """Create the run's folder and log. Of two runs that start at once the second fails here."""
+def create_folder(out, resuming):
+    """Create the run's folder and log."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.csv").touch(exist_ok=goes_on)
+        (out / "log.csv").touch(exist_ok=resuming)
     except OSError as error:
         raise UserError(f"cannot write a run into {out}: {error.strerror}") from error
 
@@ -647,7 +642,7 @@ def make_dataset(args, procs):
         args.batch_size = 64
         if images < 20000:
             args.batch_size = 32 if images >= 5000 else 16
-        # The nearest size that can be divided into parts.
+        # Rounded down to a multiple of the parts.
         args.batch_size = max(parts, min(args.batch_size, images) // parts * parts)
     if args.batch_size % parts or args.batch_size > images:
         raise UserError(f"--batch-size {args.batch_size} must be divisible by {procs.world} "
@@ -662,7 +657,7 @@ def make_model(args, dataset, device):
     options = {name: getattr(args, name) for name in names}
     options.update(num_classes=len(dataset.classes), in_channels=dataset.channels)
     options.update(learnable=not args.fixed_neuron)
-    # What is out of range for a network is a mistake in the flags.
+    # models.build checks values that come from flags.
     try:
         model = models.build(**options, init=args.init)
     except ValueError as error:
@@ -672,28 +667,23 @@ def make_model(args, dataset, device):
     return options, model.to(device, memory_format=data.memory_format(device))
 
 
-def start_or_resume(model, checkpoint, args, procs):
-    """(optimizer, progress, totals) of a new run or, together with the model's weights, from a
-    checkpoint. totals: this epoch's sums of loss times images, right answers, images."""
+def start_or_resume(model, checkpoint, args):
+    """(optimizer, progress) of a new run or, together with the model's weights, of a checkpoint."""
     optimizer = make_optimizer(model, args)
-    progress, totals = Progress(), torch.zeros(3, device=procs.device)
     if checkpoint is None:
-        return optimizer, progress, totals
+        return optimizer, Progress()
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    # This brings back the old rates and decay. Those of the settings hold, which may be new.
+    # That also restored the old rates and decay. The command line may have changed them.
     for group, new in zip(optimizer.param_groups, make_optimizer(model, args).param_groups):
         group.update(lr_scale=new["lr_scale"], weight_decay=new["weight_decay"])
-    # The state takes the memory format of the weights: channels_last on a GPU, not on a CPU.
+    # A fused optimizer computes wrong values, without an error, unless its state is laid out as the
+    # weights are: channels_last on a GPU, not on a CPU.
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.dim() == 4:
                 state[name] = torch.empty_like(parameter).copy_(value)
-    progress = Progress(**{name: checkpoint[name] for name in vars(progress)})
-    # The checkpoint holds the sums over all processes, so one of them goes on with those.
-    if procs.rank == 0:
-        totals += checkpoint["totals"].to(procs.device)
-    return optimizer, progress, totals
+    return optimizer, Progress(**{name: checkpoint[name] for name in vars(Progress())})
 
 
 def make_fast(model, dataset, args, procs):
@@ -773,7 +763,7 @@ def watched(batches, images, signals, out, procs):
     pace = data.Pace(images, "images")
     for number, (x, y) in enumerate(batches, 1):
         yield x, y
-        # What fills up the last batch is no image.
+        # The padding of the last batch does not count.
         pace.count(min(len(y) * procs.world, images - pace.done))
         if procs.world > 1 and number % 10:
             continue
@@ -784,15 +774,15 @@ def watched(batches, images, signals, out, procs):
             stop_by(stop, out, procs)
 
 
-def log_row(progress, totals, test, seconds, split):
+def log_row(progress, test, split):
     """A row of log.csv: {column: text}."""
-    loss, right, images = totals.tolist()
+    loss, right, images = progress.sums
     row = dict(epoch=str(progress.epoch + 1), lr=f"{progress.lr:.6g}")
     row.update(train_loss=f"{loss / images:.5f}", train_acc=f"{right / images:.5f}")
     for t, accuracy in enumerate(test["top1_at"], 1):
         row[f"test_acc_t{t}"] = f"{accuracy:.5f}"
-    row.update(images_per_s=f"{progress.images_per_s:.1f}", seconds=f"{seconds:.1f}")
-    # Recordings of events have no usual split, so every score names its own.
+    row.update(images_per_s=f"{progress.images_per_s:.1f}", seconds=f"{progress.seconds:.1f}")
+    # Recordings of events have no usual split, so the log says which one this is.
     if split:
         row["split"] = split
     return row
@@ -807,7 +797,7 @@ def write_log(file, rows):
 
 
 def main(argv=None):
-    # Who we are, and whether a run goes on.
+    # Settings and processes, of a new run or of one to resume.
     args = parse(argv)
     procs = Processes(args.device)
     device, rank, world, say = procs.device, procs.rank, procs.world, procs.say
@@ -820,13 +810,15 @@ def main(argv=None):
     options, model = make_model(args, dataset, device)
     if checkpoint:
         check_classes(checkpoint, dataset, args.data_dir)
-    optimizer, progress, totals = start_or_resume(model, checkpoint, args, procs)
-    # The scaler does not scale. It skips steps whose gradients are not finite, without waiting for
-    # the device, so that the weights survive a divergence.
+    optimizer, progress = start_or_resume(model, checkpoint, args)
+    # We use the scaler only because it skips steps with gradients that are not finite, without
+    # waiting for the device, so the weights survive a divergence. It scales by 1.
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**30)
-    procs.from_first(lambda: claim(out, goes_on=args.resume is not None))
+    # Only now, so that a run without data leaves no folder. Of two runs that start at once in one
+    # folder, the second fails here.
+    procs.from_first(lambda: create_folder(out, resuming=args.resume is not None))
     describe(args, dataset, model, out, procs)
-    trained, loss_and_sums = make_fast(model, dataset, args, procs)
+    ddp_model, loss_and_sums = make_fast(model, dataset, args, procs)
 
     # What every checkpoint of the run says of itself.
     description = dict(format=FORMAT, network=options, settings=vars(args))
@@ -835,20 +827,19 @@ def main(argv=None):
     steps = len(dataset) // args.batch_size
     # A resumed run counts its seconds on.
     start = time.perf_counter() - progress.seconds
-    saved = time.perf_counter()
+    saved_at = time.perf_counter()
 
-    def save_last(weights, totals):
-        progress.seconds = time.perf_counter() - start
+    def save_last(weights):
         if rank == 0:
-            more = dict(optimizer=optimizer.state_dict(), totals=totals)
-            save(out / "last.pt", description, progress, weights, **more)
+            save(out / "last.pt", description, progress, weights, optimizer=optimizer.state_dict())
 
     with noted_signals() as signals:
         while progress.epoch < args.epochs:
             epoch_start = time.perf_counter()
             model.train()
-            steps_left = (args.epochs - progress.epoch) * steps - progress.step
-            pace = data.Pace(steps_left * args.batch_size, "images")
+            # This process's sums since the last look at them, on the device.
+            sums = torch.zeros(3, device=device)
+            pace = data.Pace((steps - progress.step) * args.batch_size, "images")
             place = args.seed, progress.epoch, progress.step
             for x, y in dataset.train(args.batch_size, *place, rank, world):
                 # The learning rate of this step. The neurons get a fraction of it.
@@ -858,50 +849,57 @@ def main(argv=None):
                     group["lr"] = progress.lr * group["lr_scale"]
                 # Forward, backward, update.
                 key = args.seed, progress.epoch, progress.step
-                totals += train_step(trained, loss_and_sums, optimizer, scaler, x, y, args, key)
+                sums += train_step(ddp_model, loss_and_sums, optimizer, scaler, x, y, args, key)
                 progress.step += 1
                 pace.count(args.batch_size)
 
-                # The one place that decides: print, save, stop. Processes ask each other, so that
-                # all decide alike. A vote takes time, so they do it at every tenth step only.
-                last = progress.step == steps
-                if world > 1 and progress.step % 10 and not last:
+                # Print, save or stop? All processes must decide alike. A vote takes time, so they
+                # hold one at every tenth step only.
+                epoch_done = progress.step == steps
+                if world > 1 and progress.step % 10 and not epoch_done:
                     continue
-                save_due = time.perf_counter() - saved > 60 * args.save_every and not last
+                save_due = time.perf_counter() - saved_at > 60 * args.save_every
                 print_due, save_due, stop = procs.agree(pace.due(), save_due, signals[-1])
-                if not (print_due or save_due or stop or last):
+                if not (print_due or save_due or stop or epoch_done):
                     continue
                 # Only here does the host wait for the device.
-                where = f"by step {progress.step} of epoch {progress.epoch + 1}"
-                stop_if_bad(totals, scaler, f"{where}, rate {progress.lr:.3g}")
+                new = procs.total(sums).tolist()
+                progress.sums = [a + b for a, b in zip(progress.sums, new)]
+                sums.zero_()
+                loss, right, images = progress.sums
+                # The scaler's scale stays 1 until it skips a step and halves it.
+                if not math.isfinite(loss) or scaler.get_scale() != 1:
+                    raise UserError(
+                        f"the loss or a gradient became NaN or infinite by step {progress.step} of "
+                        f"epoch {progress.epoch + 1}, at the rate {progress.lr:.3g}: try a lower "
+                        "--lr; last.pt, if there is one, holds the last good state")
                 progress.images_per_s = pace.rate()
-                if save_due or stop:
-                    save_last(model.state_dict(), procs.total(totals))
-                    saved = time.perf_counter()
+                progress.seconds = time.perf_counter() - start
+                if (save_due or stop) and not epoch_done:
+                    save_last(model.state_dict())
+                    saved_at = time.perf_counter()
                 if print_due:
-                    # Loss and accuracy in the epoch so far.
-                    loss, right, images = totals.tolist()
                     say(f"{pace}; epoch {progress.epoch + 1}/{args.epochs}, loss "
                         f"{loss / images:.3f}, accuracy {100 * right / images:.1f} %")
-                if stop:
+                if stop and not epoch_done:
                     stop_by(stop, out, procs)
 
-            # The epoch is over. It is saved before the evaluation, which may fail on what it reads.
+            # The epoch is over. It is saved before the evaluation, so a failure there costs no
+            # training. One copy from the device serves both checkpoints.
             procs.equalise(model)
-            totals = procs.total(totals)
-            # One copy from the device serves both checkpoints.
             weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-            # A run may go on with an epoch that is trained and only has to be evaluated.
+            # A resumed run may have nothing to do but evaluate.
             if pace.done > 0:
-                save_last(weights, totals)
-            saved = time.perf_counter()
+                save_last(weights)
+            saved_at = time.perf_counter()
             # Each process evaluates its part of the test set.
             batches = dataset.test(args.batch_size // world, rank, world)
             batches = watched(batches, dataset.test_size(), signals, out, procs)
             test = evaluate(model, batches, args.amp)
+            progress.seconds = time.perf_counter() - start
 
             # A row of the log, and the best network so far.
-            row = log_row(progress, totals, test, time.perf_counter() - start, dataset.split)
+            row = log_row(progress, test, dataset.split)
             progress.rows.append(row)
             better = test["top1"] > progress.best
             progress.best = max(progress.best, test["top1"])
@@ -910,8 +908,7 @@ def main(argv=None):
                 if better:
                     save(out / "best.pt", description, progress, weights)
             # The next epoch.
-            progress.epoch, progress.step = progress.epoch + 1, 0
-            totals.zero_()
+            progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, [0.0, 0.0, 0.0]
             cells = ", ".join(f"{name} {value}" for name, value in row.items())
             left = (args.epochs - progress.epoch) * (time.perf_counter() - epoch_start)
             say(f"{cells}; {data.duration(left)} left")
@@ -921,7 +918,7 @@ def main(argv=None):
 
 
 def run(main, program):
-    """Call main(). What the user can mend becomes one line on stderr and exit code 2."""
+    """Call main(). Errors that the user can mend become one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end a run.
         if hasattr(stream, "reconfigure"):
