@@ -160,8 +160,7 @@ class TrLIF(nn.Module):
     Limits:
     - In training no torch.utils.checkpoint around a layer: its second run would start elsewhere
       (RuntimeError). A compiled layer keeps nothing but its input anyway.
-    - In training no nn.DataParallel, which loses v_init, no torch.func or vmap, and no
-      torch.inference_mode in a network that is compiled as a whole.
+    - In training no nn.DataParallel, which loses v_init, and no torch.func or vmap.
     - With torch.distributed the mean is that of all processes, and each has to make the call.
     - Second derivatives need COMPILE = False.
     - FSDP (fully_shard) takes no 0-d parameters: list raw_threshold, raw_decay in ignored_params.
@@ -244,7 +243,7 @@ class TrLIF(nn.Module):
         new = (1 - self.momentum) * mu + self.momentum * m
         # Where no neuron fired, or a potential is NaN or infinite, mu stays.
         new = torch.where(m.isfinite(), new, mu).to(self.v_init.dtype)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
             # A new tensor, because the compiled backward pass may read the old one again.
             self.v_init = new
         else:

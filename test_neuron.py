@@ -436,6 +436,14 @@ def test_inference_mode_leaves_a_layer_that_can_be_trained(fused):
         layer(current).square().sum().backward()
         gradients.append(layer.raw_threshold.grad.item())
     assert gradients[0] == gradients[1] != 0
+    # The same in a network that is compiled as a whole.
+    network = nn.Sequential(nn.Linear(90, 90), TrLIF())
+    network.compile(backend="aot_eager", fullgraph=True)
+    network(x).sum().backward()
+    with torch.inference_mode():
+        network(x)
+    network.load_state_dict(network.state_dict())
+    network(x).sum().backward()
 
 
 def test_functorch_transforms_work_in_evaluation(captures):
