@@ -61,9 +61,9 @@ def first_line(error):
     return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])
 
 
-def draws(device, *key):
-    """A random generator on the device whose draws depend on the key (whole numbers) alone."""
-    return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
+def draws(*key):
+    """A random generator on the CPU whose draws depend on the key (whole numbers) alone."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def memory_format(device):
@@ -77,6 +77,13 @@ def memory_format(device):
 def check_at_most(flag, n, most, what):
     if n > most:
         raise UserError(f"{flag} {n} is more than the {most} {what}")
+
+
+def draw_some(flag, n, most, what):
+    """n of the numbers from 0 to most - 1, always the same. The first n images of a set might all
+    be of one class."""
+    check_at_most(flag, n, most, what)
+    return torch.randperm(most, generator=draws(0))[:n]
 
 
 # ---- Progress -----------------------------------------------------------------------------------
@@ -216,17 +223,14 @@ class Resident:
 
     def limit(self, n):
         """Keep n training images, always the same, drawn from all classes."""
-        check_at_most("--limit", n, len(self), "training images of " + self.name)
+        keep = draw_some("--limit", n, len(self), "training images of " + self.name)
         images, labels = self.sets["train"]
-        # The first n might all be of one class.
-        keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n]
         self.sets["train"] = images[keep], labels[keep]
 
     def limit_test(self, n):
         """The same for the test images."""
-        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
+        keep = draw_some("--images", n, self.test_size(), "test images of " + self.name)
         images, labels = self.sets["test"]
-        keep = torch.randperm(len(labels), generator=draws("cpu", 0))[:n]
         self.sets["test"] = images[keep], labels[keep]
 
     def keep_classes(self, n):
@@ -274,7 +278,7 @@ class Resident:
             crop, normalise = torch.compile(crop), torch.compile(normalise)
         # Drawn for the whole epoch, so that an image is treated alike however many processes there
         # are and wherever a run goes on. Drawn on the CPU, so that every device sees the same.
-        generator = draws("cpu", seed, epoch)
+        generator = draws(seed, epoch)
         order = torch.randperm(n, generator=generator).to(device)
         shift = torch.randint(-self.pad, self.pad + 1, (n, 2), generator=generator).to(device)
         mirror = (torch.rand(n, generator=generator) < 0.5).to(device) & self.flip
@@ -439,13 +443,11 @@ class Streamed:
         return len(self.trees[1].samples)
 
     def limit(self, n):
-        check_at_most("--limit", n, len(self), "training images of " + self.name)
-        keep = torch.randperm(len(self), generator=draws("cpu", 0))[:n].tolist()
+        keep = draw_some("--limit", n, len(self), "training images of " + self.name)
         self.trees[0].samples = [self.trees[0].samples[i] for i in keep]
 
     def limit_test(self, n):
-        check_at_most("--images", n, self.test_size(), "test images of " + self.name)
-        keep = torch.randperm(self.test_size(), generator=draws("cpu", 0))[:n].tolist()
+        keep = draw_some("--images", n, self.test_size(), "test images of " + self.name)
         self.trees[1].samples = [self.trees[1].samples[i] for i in keep]
 
     def keep_classes(self, n):
@@ -469,7 +471,7 @@ class Streamed:
             yield x.contiguous(memory_format=memory_format(self.device)), y
 
     def train(self, batch_size, seed, epoch, start=0, rank=0, world=1):
-        order = torch.randperm(len(self), generator=draws("cpu", seed, epoch)).tolist()
+        order = torch.randperm(len(self), generator=draws(seed, epoch)).tolist()
         # Each place in an epoch has a seed of its own.
         keys = [(chosen, zlib.crc32(repr((seed, epoch, place)).encode()))
                 for place, chosen in enumerate(order)]

@@ -371,21 +371,16 @@ def test_the_fused_loop_keeps_its_input_only_and_sums_over_rows_are_sums_over_th
 
 
 @pytest.fixture
-def compilations(fused):
-    """Forget what was compiled. Returns a function: how many graphs were compiled since."""
+def captures(fused, monkeypatch):
+    """Forget what was compiled. Returns a function: how many graphs were compiled since. No code is
+    generated, because these tests ask what is fused, not what comes out."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiler(f, dynamic=True, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     neuron.compiled.cache_clear()
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     neuron.compiled.cache_clear()
-
-
-@pytest.fixture
-def captures(compilations, monkeypatch):
-    """The same without generating code: for tests of what is fused, not of what comes out."""
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compiler(f, dynamic=True, backend="eager"))
-    return compilations
 
 
 def assert_still_fused(captures):
@@ -1978,7 +1973,7 @@ def test_images_are_drawn_from_all_classes(tmp_path, size):
     dataset.limit_test(30)
     (x, y), = evaluation.test_batches(dataset, 100)
     # They are always the same: the places that a first permutation begins with.
-    chosen = torch.randperm(80, generator=data.draws("cpu", 0))[:30]
+    chosen = torch.randperm(80, generator=data.draws(0))[:30]
     assert torch.equal(x, whole[0][0][chosen]) and torch.equal(y, whole[0][1][chosen])
     assert 8 < y.sum() < 22
     # Batches come without padding.

@@ -2,7 +2,6 @@
 
     python results/resnet34.py transmit          what a block at its start lets through, by formula
     python results/resnet34.py identity FLAGS    train.py with blocks that start near the identity
-    python results/resnet34.py published FLAGS   train.py as it is
 """
 import math
 import pathlib
@@ -51,13 +50,12 @@ if __name__ == "__main__":
     what = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if what == "transmit":
         print_transmission()
-    elif what in ("identity", "published"):
+    elif what == "identity":
         make_model = train.make_model
 
         def make_and_start(args, dataset, device):
             options, model = make_model(args, dataset, device)
-            if what == "identity":
-                start_near_identity(model)
+            start_near_identity(model)
             return options, model
 
         train.make_model = make_and_start
