@@ -39,6 +39,7 @@ RESNETS = {
 RESNETS["sew_resnet18"] = RESNETS["resnet18"]
 RESNETS["sew_resnet34"] = RESNETS["resnet34"]
 ARCHS = (*RESNETS, "spikformer")
+INITS = "published", "kaiming", "identity"
 
 
 # ---- Parts --------------------------------------------------------------------------------------
@@ -253,7 +254,8 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, init="published
                     multiple of 4): 64 is the published network, 8 one for a small machine
     init            how weights are initialised. "published": as PyTorch does; in the ImageNet
                     resnets kaiming_normal (fan_out) and a head of normal(0, 0.01), as published.
-                    "kaiming": kaiming_normal (fan_out) in every convolution
+                    "kaiming": kaiming_normal (fan_out) in every convolution. "identity": the same,
+                    and see start_near_identity
     lif_options     handed to every TrLIF, see there
 
     forward: [B, C, H, W] or [B, T, C, H, W] -> logits [T, B, num_classes]. Raises ValueError for
@@ -261,8 +263,8 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, init="published
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
-    if init not in ("published", "kaiming"):
-        raise ValueError(f"init must be 'published' or 'kaiming', not {init!r}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, not {init!r}")
     if min(num_classes, timesteps, in_channels, width) < 1:
         raise ValueError(f"num_classes {num_classes}, timesteps {timesteps}, in_channels "
                          f"{in_channels} and width {width} must be at least 1")
@@ -278,14 +280,36 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, init="published
         stages = [(channels * width // 64, *others) for channels, *others in RESNETS[arch]]
         model = ResNet(block, stages, *common, imagenet)
     # PyTorch has initialised all weights in its own way.
-    if init == "kaiming" or imagenet:
+    if init != "published" or imagenet:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if init == "published" and imagenet:
         nn.init.normal_(model.head.weight, 0, 0.01)
         nn.init.zeros_(model.head.bias)
+    if init == "identity":
+        start_near_identity(model)
     return model
+
+
+@torch.no_grad()
+def start_near_identity(model):
+    """Let each Block of a resnet begin by passing on its shortcut's spikes, in place.
+
+    From the usual start a Block passes on little of them, and a deep resnet hardly anything of its
+    image. Here the current of its convolutions begins small, with a constant b = theta tau / 2
+    added. Without a spike on the shortcut h then settles at b, below theta. With one, the first h
+    is (b + theta) / tau, above theta. Both hold for tau < 2; ValueError for any other, or where a
+    network has no such blocks.
+    """
+    if not isinstance(model, ResNet) or not isinstance(model.blocks[0], Block):
+        raise ValueError("init 'identity' is for resnet18, resnet19 and resnet34")
+    for block in model.blocks:
+        norm, theta, tau = block.conv2[1], block.lif2.initial_threshold, block.lif2.initial_tau
+        if tau >= 2:
+            raise ValueError(f"init 'identity' needs tau below 2, not {tau:g}: try 1.25")
+        nn.init.constant_(norm.weight, 0.1)
+        nn.init.constant_(norm.bias, theta * tau / 2)
 
 
 @torch.no_grad()

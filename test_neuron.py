@@ -670,6 +670,33 @@ def test_weights_are_initialised_as_published(arch):
     assert ((model.head.bias == 0) == imagenet).all()
 
 
+@pytest.mark.parametrize("tau", [1.25, 1.5])
+def test_blocks_that_start_near_the_identity_pass_spikes_on(tau):
+    torch.manual_seed(0)
+
+    def passed_on(init):
+        """The fraction of neurons of a plain block whose spikes are those on its shortcut."""
+        model = models.build("resnet18", 10, timesteps=4, width=16, init=init, tau=tau)
+        same = []
+        model.blocks[1].register_forward_hook(
+            lambda block, inputs, output: same.append((inputs[0] > 0) == (output > 0)))
+        for _ in range(5):
+            # MP-Init's means move away from 0.
+            model(torch.randn(8, 3, 64, 64))
+        return torch.stack(same).float().mean().item()
+
+    assert passed_on("identity") > 0.99
+    assert passed_on("kaiming") < 0.9
+
+
+def test_a_start_near_the_identity_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="needs tau below 2, not 2"):
+        models.build("resnet34", 10, timesteps=2, width=4, init="identity")
+    for arch in "sew_resnet34", "spikformer":
+        with pytest.raises(ValueError, match="is for resnet18, resnet19 and resnet34"):
+            models.build(arch, 10, timesteps=2, width=4, init="identity", tau=1.25)
+
+
 # A side of 28 pixels is halved to an odd number, 224 is that of ImageNet.
 @pytest.mark.parametrize("arch", models.ARCHS)
 @pytest.mark.parametrize("T, size", [(4, 28), (1, 224)])
