@@ -19,6 +19,7 @@ draws. So a resumed run sees the batches of an unbroken one, and N processes tho
 This file imports no other file of the project.
 """
 import atexit
+import dataclasses
 import glob
 import os
 import pathlib
@@ -26,7 +27,7 @@ import re
 import signal
 import tempfile
 import time
-import types
+import typing
 import zipfile
 import zlib
 
@@ -50,20 +51,26 @@ RESIDENT_UP_TO = 96
 
 
 class UserError(Exception):
-    """Something the user can mend: bad input, a missing file, a full disk. Programs print its one
+    """Something the user can fix: bad input, a missing file, a full disk. Programs print its one
     line and exit with code 2."""
 
 
 def first_line(error):
     """What an error says, in one line."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    # Where the first line is only a heading, the next one says what happened.
-    return " ".join(line.strip() for line in lines[:2 if lines[0].endswith(":") else 1])
+    # Where the first line is only a heading ("Error(s) in ...:"), the next one says what happened.
+    shown = 2 if lines[0].endswith(":") else 1
+    return " ".join(line.strip() for line in lines[:shown])
 
 
-def draws(*key):
-    """A random generator on the CPU whose draws depend on the key (whole numbers) alone."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+def seed_from(*key):
+    """A seed that depends on the key (whole numbers) alone."""
+    return zlib.crc32(repr(key).encode())
+
+
+def random_generator(*key):
+    """A random generator on the CPU. What it draws depends on the key alone."""
+    return torch.Generator().manual_seed(seed_from(*key))
 
 
 def memory_format(device):
@@ -74,16 +81,16 @@ def memory_format(device):
     return torch.channels_last if cuda else torch.contiguous_format
 
 
-def check_at_most(flag, n, most, what):
-    if n > most:
-        raise UserError(f"{flag} {n} is more than the {most} {what}")
+def check_at_most(flag, n, total, what):
+    if n > total:
+        raise UserError(f"{flag} {n} is more than the {total} {what}")
 
 
-def draw_some(flag, n, most, what):
-    """n of the numbers from 0 to most - 1, always the same. The first n images of a set might all
-    be of one class."""
-    check_at_most(flag, n, most, what)
-    return torch.randperm(most, generator=draws(0))[:n]
+def draw_some(flag, n, total, what):
+    """n of the numbers below total, the same in every run. Drawn, because the first n images of a
+    set might all be of one class."""
+    check_at_most(flag, n, total, what)
+    return torch.randperm(total, generator=random_generator(0))[:n]
 
 
 # ---- Progress -----------------------------------------------------------------------------------
@@ -113,7 +120,7 @@ class Pace:
     def rate(self):
         """Items a second. Call count() first."""
         now = time.perf_counter()
-        # As long as there is no other batch, the first one has to serve.
+        # After a single batch there is nothing else to go by.
         if self.done == self.first:
             return self.done / (now - self.start)
         return (self.done - self.first) / (now - self.after_first)
@@ -221,17 +228,11 @@ class Resident:
         """The number of test images. len() is that of the training images."""
         return len(self.sets["test"][1])
 
-    def limit(self, n):
-        """Keep n training images, always the same, drawn from all classes."""
-        keep = draw_some("--limit", n, len(self), "training images of " + self.name)
-        images, labels = self.sets["train"]
-        self.sets["train"] = images[keep], labels[keep]
-
-    def limit_test(self, n):
-        """The same for the test images."""
-        keep = draw_some("--images", n, self.test_size(), "test images of " + self.name)
-        images, labels = self.sets["test"]
-        self.sets["test"] = images[keep], labels[keep]
+    def limit(self, part, n, flag):
+        """Keep n images of a part, "train" or "test", drawn from all classes. flag: who asks."""
+        images, labels = self.sets[part]
+        keep = draw_some(flag, n, len(labels), f"{part} images of {self.name}")
+        self.sets[part] = images[keep], labels[keep]
 
     def keep_classes(self, n):
         """Keep the training and test images of the first n classes: a smaller task."""
@@ -245,7 +246,7 @@ class Resident:
         for part, (images, labels) in self.sets.items():
             self.sets[part] = images.to(device), labels.to(device)
         # Mean and deviation move once, because a transfer in every batch would wait for the device.
-        # Each frame of a recording has the same.
+        # All frames of a recording share them.
         self.scale = [255 * torch.tensor(value, device=device).repeat(self.frames or 1)
                       for value in (self.mean, self.std)]
         return self
@@ -278,7 +279,7 @@ class Resident:
             crop, normalise = torch.compile(crop), torch.compile(normalise)
         # Drawn for the whole epoch, so that an image is treated alike however many processes there
         # are and wherever a run goes on. Drawn on the CPU, so that every device sees the same.
-        generator = draws(seed, epoch)
+        generator = random_generator(seed, epoch)
         order = torch.randperm(n, generator=generator).to(device)
         shift = torch.randint(-self.pad, self.pad + 1, (n, 2), generator=generator).to(device)
         mirror = (torch.rand(n, generator=generator) < 0.5).to(device) & self.flip
@@ -424,11 +425,12 @@ def load_folder(root, size, workers):
 class Streamed:
     """Image folders decoded by worker processes. Used like Resident."""
 
-    def __init__(self, name, root, image_size, mean, std, workers):
+    def __init__(self, name, root, image_size, workers):
         self.name, self.size, self.workers = name, (image_size, image_size), workers
-        self.mean, self.std, self.device = mean, std, torch.device("cpu")
+        (self.mean, self.std), self.device = STATISTICS["imagenet"], torch.device("cpu")
         self.channels, self.frames, self.split = 3, None, None
-        self.trees = train, test = image_trees(root)
+        train, test = image_trees(root)
+        self.trees = {"train": train, "test": test}
         self.classes = train.classes
         train.transform = transforms.Compose([
             transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(),
@@ -437,53 +439,49 @@ class Streamed:
         test.transform = fixed_crop(image_size, round(image_size * 256 / 224))
 
     def __len__(self):
-        return len(self.trees[0].samples)
+        return len(self.trees["train"].samples)
 
     def test_size(self):
-        return len(self.trees[1].samples)
+        return len(self.trees["test"].samples)
 
-    def limit(self, n):
-        keep = draw_some("--limit", n, len(self), "training images of " + self.name)
-        self.trees[0].samples = [self.trees[0].samples[i] for i in keep]
-
-    def limit_test(self, n):
-        keep = draw_some("--images", n, self.test_size(), "test images of " + self.name)
-        self.trees[1].samples = [self.trees[1].samples[i] for i in keep]
+    def limit(self, part, n, flag):
+        tree = self.trees[part]
+        keep = draw_some(flag, n, len(tree.samples), f"{part} images of {self.name}")
+        tree.samples = [tree.samples[i] for i in keep]
 
     def keep_classes(self, n):
         check_at_most("--classes", n, len(self.classes), "classes of " + self.name)
         self.classes = self.classes[:n]
-        for tree in self.trees:
+        for tree in self.trees.values():
             tree.samples = [(path, label) for path, label in tree.samples if label < n]
 
     def to(self, device):
         self.device = torch.device(device)
         return self
 
-    def normalised(self, tree, batches):
+    def normalised(self, part, batches):
         """Batches of keys as images [B, 3, H, W] on the device, normalised, and labels [B]."""
         mean, std = (255 * torch.tensor(value, device=self.device).view(3, 1, 1)
                      for value in (self.mean, self.std))
-        for x, y in worker_batches(tree, batches, self.workers, self.device):
+        for x, y in worker_batches(self.trees[part], batches, self.workers, self.device):
             # The images move as uint8, a quarter of the size, while the device still computes.
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             x = x.float().sub_(mean).div_(std)
             yield x.contiguous(memory_format=memory_format(self.device)), y
 
     def train(self, batch_size, seed, epoch, start=0, rank=0, world=1):
-        order = torch.randperm(len(self), generator=draws(seed, epoch)).tolist()
+        order = torch.randperm(len(self), generator=random_generator(seed, epoch)).tolist()
         # Each place in an epoch has a seed of its own.
-        keys = [(chosen, zlib.crc32(repr((seed, epoch, place)).encode()))
-                for place, chosen in enumerate(order)]
-        return self.normalised(self.trees[0],
-                               [keys[step * batch_size:(step + 1) * batch_size][rank::world]
-                                for step in range(start, len(self) // batch_size)])
+        keys = [(chosen, seed_from(seed, epoch, place)) for place, chosen in enumerate(order)]
+        batches = [keys[step * batch_size:(step + 1) * batch_size][rank::world]
+                   for step in range(start, len(self) // batch_size)]
+        return self.normalised("train", batches)
 
     def test(self, batch_size, rank=0, world=1):
         n, whole = self.test_size(), batch_size * world
         keys = [(i, 0) for i in range(n)] + [(-1, 0)] * (-n % whole)
-        return self.normalised(self.trees[1], [keys[first:first + whole][rank::world]
-                                               for first in range(0, n, whole)])
+        batches = [keys[first:first + whole][rank::world] for first in range(0, n, whole)]
+        return self.normalised("test", batches)
 
 
 # ---- Drawn shapes -------------------------------------------------------------------------------
@@ -646,18 +644,33 @@ def area_mean(frames, size):
     return (part @ torch.from_numpy(frames.astype(np.float32)) @ part.T).numpy()
 
 
-# Each set has its classes in the order of their labels, the ending of its files (before it stands a
-# recording's number), the sides of the sensor (pixels) and of the frames (size), and its own split,
-# if any. scale is the value in a frame for one event per pixel. Frames smaller than the sensor hold
-# means: sixteenths are exact enough, and uint8 still holds 15.9 events per pixel. Mirrored digits
-# would be no digits.
+@dataclasses.dataclass
+class EventSet:
+    """What distinguishes a set of recordings."""
+
+    # The classes in the order of their labels.
+    classes: list
+    # Reads a recording: (t, x, y, p).
+    read: typing.Callable
+    # What the names of its files end in, behind the number of the recording.
+    ending: str
+    # The side of the sensor, and that of the frames.
+    pixels: int
+    size: int
+    # The value in a frame for one event per pixel. Frames smaller than the sensor hold means, for
+    # which sixteenths are exact enough: then uint8 goes up to 15.9 events per pixel.
+    scale: int
+    # Whether training may mirror the frames. A mirrored digit is no digit.
+    flip: bool
+    # The split into training and test set that the set comes with.
+    split: str | None = None
+
+
 EVENT_SETS = {
-    "cifar10-dvs": types.SimpleNamespace(classes=CIFAR10, read=read_aedat, ending=".aedat",
-                                         pixels=128, size=48, scale=16, flip=True, split=None),
-    "shapes-dvs": types.SimpleNamespace(classes=SHAPES, read=read_aedat, ending=".aedat",
-                                        pixels=128, size=32, scale=16, flip=True, split=None),
-    "nmnist": types.SimpleNamespace(classes=list("0123456789"), read=read_nmnist, ending=".bin",
-                                    pixels=34, size=34, scale=1, flip=False, split="official"),
+    "cifar10-dvs": EventSet(CIFAR10, read_aedat, ".aedat", 128, size=48, scale=16, flip=True),
+    "shapes-dvs": EventSet(SHAPES, read_aedat, ".aedat", 128, size=32, scale=16, flip=True),
+    "nmnist": EventSet(list("0123456789"), read_nmnist, ".bin", 34, size=34, scale=1, flip=False,
+                       split="official"),
 }
 
 
@@ -693,7 +706,8 @@ def unpack(packed, ending):
             if not inside:
                 return
             if not folder.exists():
-                # The folder gets its name when all is there. A killed process leaves a hidden one.
+                # Unpacked into a hidden folder and renamed when all is there, so that a killed
+                # process leaves nothing that looks complete.
                 with tempfile.TemporaryDirectory(dir=packed.parent, prefix=".") as temporary:
                     archive.extractall(f"{temporary}/all", inside)
                     os.rename(f"{temporary}/all", folder)
@@ -780,7 +794,7 @@ def load_events(name, folder, workers, timesteps, split, by):
     complete = all(path.exists() for path in paths)
     recordings, checksum = find_recordings(folder, event_set)
     made_from = source.read_text() if source.exists() else None
-    # Where the recordings are gone, the frames alone serve.
+    # Without the recordings, frames that were made from them earlier are enough.
     if complete and (not recordings or made_from == checksum):
         train, test = read_arrays(paths, (timesteps, 2, size, size), len(event_set.classes))
     else:
@@ -799,7 +813,7 @@ def load_events(name, folder, workers, timesteps, split, by):
                 write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
             write_atomically(source, lambda file: file.write(checksum.encode()))
         except UserError as error:
-            # A read-only folder serves as well.
+            # In a read-only folder, for example, the run goes on with the frames in memory.
             print(f"  {error}: the next run has to make these frames again", flush=True)
     # This deviation undoes the scale, so that the network sees events per pixel. Shifts of up to 5
     # pixels are usual.
@@ -882,9 +896,10 @@ def load(name, data_dir="data", image_size=None, workers=None, timesteps=4, dvs_
         workers = min(16, len(os.sched_getaffinity(0)) if affinity else os.cpu_count())
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    if name == "imagenet" or name == "folder" and image_size > RESIDENT_UP_TO:
-        tree = root / name if name == "imagenet" else root
-        return Streamed(name, tree, image_size, *STATISTICS["imagenet"], workers)
+    if name == "imagenet":
+        return Streamed(name, root / name, image_size, workers)
+    if name == "folder" and image_size > RESIDENT_UP_TO:
+        return Streamed(name, root, image_size, workers)
     if name == "folder":
         return load_folder(root, image_size, workers)
     if name in EVENT_SETS:

@@ -55,7 +55,7 @@ def test_data(checkpoint, data_dir, workers=None, timesteps=None, images=None):
     # Normalise by the statistics of the training images, even if the folder has changed since.
     dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]
     if images:
-        dataset.limit_test(images)
+        dataset.limit("test", images, "--images")
     return dataset
 
 

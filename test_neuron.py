@@ -1167,11 +1167,11 @@ def test_the_first_classes_and_some_images_alone(tmp_path, size):
     assert dataset.classes == ["cats"] and len(dataset) == 12
     assert torch.cat([y for _, y in dataset.train(4, 0, 0)]).tolist() == [0] * 12
     assert torch.cat([y for _, y in dataset.test(5)]).tolist() == [0] * 12 + [-1] * 3
-    with pytest.raises(data.UserError, match="--limit 13 is more than the 12 training images"):
-        dataset.limit(13)
-    dataset.limit(5)
+    with pytest.raises(data.UserError, match="--limit 13 is more than the 12 train images"):
+        dataset.limit("train", 13, "--limit")
+    dataset.limit("train", 5, "--limit")
     assert len(dataset) == 5 and len(list(dataset.train(2, 0, 0))) == 2
-    dataset.limit_test(7)
+    dataset.limit("test", 7, "--images")
     assert torch.cat([y for _, y in dataset.test(5)]).tolist() == [0] * 7 + [-1] * 3
 
 
@@ -1997,16 +1997,16 @@ def test_images_are_drawn_from_all_classes(tmp_path, size):
     image_tree(tmp_path, n=20, modes=("RGB", "L"))
     dataset = data.load("folder", tmp_path, size, 0)
     whole = list(evaluation.test_batches(dataset, 100))
-    dataset.limit_test(30)
+    dataset.limit("test", 30, "--images")
     (x, y), = evaluation.test_batches(dataset, 100)
     # They are always the same: the places that a first permutation begins with.
-    chosen = torch.randperm(80, generator=data.draws(0))[:30]
+    chosen = torch.randperm(80, generator=data.random_generator(0))[:30]
     assert torch.equal(x, whole[0][0][chosen]) and torch.equal(y, whole[0][1][chosen])
     assert 8 < y.sum() < 22
     # Batches come without padding.
     assert [len(x) for x, _ in evaluation.test_batches(dataset, 20)] == [20, 10]
     with pytest.raises(data.UserError, match="--images 31 is more than the 30 test images"):
-        dataset.limit_test(31)
+        dataset.limit("test", 31, "--images")
 
 
 def test_operations_by_hand():
@@ -2690,9 +2690,8 @@ new --resume=                   || a name is needed
 # Flags that do not fit the data or the network.
 new --batch-size 65             || at most the 64 training images
 new --accumulate 3              || must be divisible by 1 processes x --accumulate 3
-new --limit 65                  || --limit 65 is more than the 64 training images
+new --limit 65                  || --limit 65 is more than the 64 train images
 new --arch spikformer --width 6 || multiple of 4
-new --arch resnet18 --timesteps 1 --batch-size 1 || a single image of 1x1 pixels is too little
 # Folders that cannot be written, and one that holds a run.
 new --out /proc/run             || cannot write a run into /proc/run
 new --out {long}                || File name too long

@@ -21,7 +21,6 @@ import csv
 import ctypes
 import dataclasses
 import datetime
-import functools
 import io
 import math
 import os
@@ -76,10 +75,10 @@ FORMAT = "MP-Init + TrSG checkpoint 4"
 
 # ---- The command line ---------------------------------------------------------------------------
 
-def number(kind, low, high=math.inf, above=False):
+def number_type(kind, low, high=math.inf, above=False):
     """A type for argparse: a number of kind int or float, at least (or above) low, below high."""
 
-    def parse(text):
+    def convert(text):
         # argparse reports the ValueError of a text that is no number.
         value = kind(text)
         if not low <= value < high or (above and value == low):
@@ -88,8 +87,8 @@ def number(kind, low, high=math.inf, above=False):
         return value
 
     # argparse uses this name in its message.
-    parse.__name__ = kind.__name__
-    return parse
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def path(text):
@@ -100,11 +99,11 @@ def path(text):
 
 
 # The kinds of numbers that flags take.
-count = number(int, 1)
-count_or_0 = number(int, 0)
-positive = number(float, 0, above=True)
-not_negative = number(float, 0)
-fraction = number(float, 0, 1)
+count = number_type(int, 1)
+count_or_0 = number_type(int, 0)
+positive = number_type(float, 0, above=True)
+not_negative = number_type(float, 0)
+fraction = number_type(float, 0, 1)
 
 
 def make_parser():
@@ -118,7 +117,7 @@ def make_parser():
     add("--timesteps", default=4, type=count, help="T: steps per image, frames per recording (4)")
     add("--width", default=64, type=count, help="channels of the stem, 64 as published (64)")
     add("--threshold", default=1.0, type=positive, help="initial threshold theta (1)")
-    above_1 = number(float, 1, above=True)
+    above_1 = number_type(float, 1, above=True)
     add("--tau", default=2.0, type=above_1, help="initial time constant tau, in time steps (2)")
     add("--mp-init", default="active", choices=("active", "all", "off"),
         help="initial membrane potential: mean of the neurons that fired, of all, or 0 (active)")
@@ -139,7 +138,7 @@ def make_parser():
     add("--bin-by", default="count", choices=("count", "time"),
         help="cut recordings into frames of equally many events, or equally long ones (count)")
     # Smaller tasks for quick trials.
-    add("--classes", type=number(int, 2), metavar="N", help="use the first N classes only")
+    add("--classes", type=number_type(int, 2), metavar="N", help="use the first N classes only")
     add("--limit", type=count, metavar="N", help="use N training images only")
     add("--workers", type=count_or_0,
         help="processes that decode images (default: one per core, at most 16)")
@@ -163,7 +162,7 @@ def make_parser():
     add("--init", choices=models.INITS, help="initial weights, see models.build")
     add("--label-smoothing", type=fraction, help="fraction of the target that all classes share")
     add("--mixup", type=not_negative, help="alpha of mixup's Beta distribution, 0 for none")
-    add("--seed", default=0, type=number(int, 0, 2**63), help="random seed (0)")
+    add("--seed", default=0, type=number_type(int, 0, 2**63), help="random seed (0)")
 
     add = parser.add_argument_group("machine and run").add_argument
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
@@ -234,7 +233,7 @@ def set_precision(args, device, say):
     """Settle args.amp, and what the libraries of a GPU may do for speed."""
     on_cuda = device.type == "cuda"
     if on_cuda and torch.__version__ < (2, 13):
-        say("The neurons run faster with torch 2.13 or later.")
+        say("The neurons run faster with torch 2.14 or later.")
     if args.amp is None:
         # Older GPUs are slow in bfloat16.
         args.amp = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -276,8 +275,8 @@ def compile_network(model, x, args, say):
 class Processes:
     """This process, number `rank` of the `world` processes that torchrun started.
 
-    A process on its own communicates nothing: say prints, from_first and prepare call their
-    function, agree returns its arguments, and leave ends the program unless all is well.
+    A single process has nobody to talk to: say just prints, from_first and prepare just call their
+    function, agree returns its arguments, and leave(0) simply returns.
     """
 
     def __init__(self, device):
@@ -467,10 +466,11 @@ def evaluate(model, batches, amp=False):
     (mean of the logits so far); top1 = top1_at[-1]; top5; images. Waits for the device once.
     UserError where the network's logits are NaN or infinite.
     """
-    # Counted on the device: images right after t = 1 ... T; right among the best five; without
-    # finite logits; all.
-    training, totals = model.training, 0
+    training = model.training
     model.eval()
+    # Numbers of images, on the device: right after each of the T steps, right in the top five, with
+    # logits that are not finite, all.
+    totals = 0
     for x, y in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
@@ -514,7 +514,7 @@ def make_optimizer(model, args):
 
 def learning_rate(step, steps, args):
     """Linear warm-up to args.lr, then a cosine to 0. steps: of the whole run."""
-    # In steps, perhaps a fraction.
+    # The length of the warm-up in steps, which need not be a whole number.
     warmup = args.warmup * steps
     if step < warmup:
         return args.lr * (step + 1) / math.ceil(warmup)
@@ -632,10 +632,10 @@ def load_data(settings, data_dir, workers, timesteps):
 def make_dataset(args, procs):
     """The data set on the device. Sets args.batch_size where the recipe leaves it open."""
     # One process of each machine downloads and prepares what is missing, the others wait.
-    load = functools.partial(load_data, args, args.data_dir, args.workers, args.timesteps)
-    dataset = procs.prepare(load)
+    dataset = procs.prepare(
+        lambda: load_data(args, args.data_dir, args.workers, args.timesteps))
     if args.limit:
-        dataset.limit(args.limit)
+        dataset.limit("train", args.limit, "--limit")
     images, parts = len(dataset), procs.world * args.accumulate
     if args.batch_size is None:
         # Small sets take small batches, so that an epoch has enough steps.
@@ -683,11 +683,13 @@ def start_or_resume(model, checkpoint, args):
         for name, value in state.items():
             if torch.is_tensor(value) and value.dim() == 4:
                 state[name] = torch.empty_like(parameter).copy_(value)
-    return optimizer, Progress(**{name: checkpoint[name] for name in vars(Progress())})
+    names = [field.name for field in dataclasses.fields(Progress)]
+    return optimizer, Progress(**{name: checkpoint[name] for name in names})
 
 
 def make_fast(model, dataset, args, procs):
-    """Fuse what --compile says and join the processes: (what to train, what computes its loss)."""
+    """Compile what --compile asks for, and wrap the model where several processes train it.
+    Returns (the model to train, score or score compiled)."""
     # On a CPU it takes minutes to fuse the whole network, and gains nothing over its neurons.
     on_cuda = procs.device.type == "cuda"
     fused = args.compile or ("network" if on_cuda else "neurons")
@@ -729,43 +731,43 @@ def describe(args, dataset, model, out, procs):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within this block SIGTERM and SIGINT do not end the program: their numbers are appended to
-    the list that the block gets. Its last item is the latest signal, or 0."""
+    """Inside this block SIGTERM and SIGINT are only noted. The block gets a list whose last item is
+    the latest signal, or 0 while there was none."""
     signals = [0]
 
-    def note(number, frame):
-        signals.append(number)
-        # A second Ctrl-C ends the program at once.
+    def note(signum, frame):
+        signals.append(signum)
+        # After a first signal Ctrl-C ends the program at once.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # Python allows handlers in the main thread only.
-    numbers = []
+    noted = []
     if threading.current_thread() is threading.main_thread():
-        numbers = [signal.SIGTERM, signal.SIGINT]
-    before = {number: signal.signal(number, note) for number in numbers}
+        noted = [signal.SIGTERM, signal.SIGINT]
+    before = {signum: signal.signal(signum, note) for signum in noted}
     try:
         yield signals
     finally:
         # A program that called main gets its own handlers back.
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
-def stop_by(number, out, procs):
-    """End the program after signal number. All that it needs to go on is saved."""
-    procs.say(f"stopped by {signal.Signals(number).name}: go on with --resume {out}")
-    # The exit code of a program that a signal ended is 128 and its number.
-    procs.leave(128 + number)
+def stop_by(signum, out, procs):
+    """End the program because of a signal. All that it needs to go on is saved."""
+    procs.say(f"stopped by {signal.Signals(signum).name}: go on with --resume {out}")
+    # By convention the exit code is 128 plus the number of the signal.
+    procs.leave(128 + signum)
 
 
 def watched(batches, images, signals, out, procs):
     """The batches of an evaluation. Prints how far it is, and ends the program at a signal."""
     pace = data.Pace(images, "images")
-    for number, (x, y) in enumerate(batches, 1):
+    for i, (x, y) in enumerate(batches, 1):
         yield x, y
         # The padding of the last batch does not count.
         pace.count(min(len(y) * procs.world, images - pace.done))
-        if procs.world > 1 and number % 10:
+        if procs.world > 1 and i % 10:
             continue
         print_due, stop = procs.agree(pace.due(), signals[-1])
         if print_due:
@@ -820,12 +822,12 @@ def main(argv=None):
     describe(args, dataset, model, out, procs)
     ddp_model, loss_and_sums = make_fast(model, dataset, args, procs)
 
-    # What every checkpoint of the run says of itself.
+    # The part of a checkpoint that stays the same throughout the run.
     description = dict(format=FORMAT, network=options, settings=vars(args))
     description.update(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
     # A last batch that is not full is left out.
     steps = len(dataset) // args.batch_size
-    # A resumed run counts its seconds on.
+    # A resumed run adds to the seconds it has spent already.
     start = time.perf_counter() - progress.seconds
     saved_at = time.perf_counter()
 
@@ -835,16 +837,15 @@ def main(argv=None):
 
     with noted_signals() as signals:
         while progress.epoch < args.epochs:
-            epoch_start = time.perf_counter()
             model.train()
             # This process's sums since the last look at them, on the device.
             sums = torch.zeros(3, device=device)
             pace = data.Pace((steps - progress.step) * args.batch_size, "images")
-            place = args.seed, progress.epoch, progress.step
-            for x, y in dataset.train(args.batch_size, *place, rank, world):
+            for x, y in dataset.train(args.batch_size, args.seed, progress.epoch, progress.step,
+                                      rank, world):
                 # The learning rate of this step. The neurons get a fraction of it.
-                step = progress.epoch * steps + progress.step
-                progress.lr = learning_rate(step, args.epochs * steps, args)
+                steps_done = progress.epoch * steps + progress.step
+                progress.lr = learning_rate(steps_done, args.epochs * steps, args)
                 for group in optimizer.param_groups:
                     group["lr"] = progress.lr * group["lr_scale"]
                 # Forward, backward, update.
@@ -910,7 +911,7 @@ def main(argv=None):
             # The next epoch.
             progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, [0.0, 0.0, 0.0]
             cells = ", ".join(f"{name} {value}" for name, value in row.items())
-            left = (args.epochs - progress.epoch) * (time.perf_counter() - epoch_start)
+            left = (args.epochs - progress.epoch) * progress.seconds / progress.epoch
             say(f"{cells}; {data.duration(left)} left")
     say(f"done: test accuracy {100 * test['top1']:.2f} % after the last epoch, "
         f"{100 * progress.best:.2f} % at best, {out}")
@@ -918,7 +919,7 @@ def main(argv=None):
 
 
 def run(main, program):
-    """Call main(). Errors that the user can mend become one line on stderr and exit code 2."""
+    """Call main(). Errors that the user can fix become one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end a run.
         if hasattr(stream, "reconfigure"):
@@ -934,12 +935,6 @@ def run(main, program):
         if not out_of_memory and "can't allocate memory" not in str(error):
             raise
         message = f"out of memory, try a smaller --batch-size: {first_line(error)}"
-    except ValueError as error:
-        # This is how BatchNorm refuses a single image of 1x1 pixels.
-        if "more than 1 value per channel" not in str(error):
-            raise
-        message = ("a single image of 1x1 pixels is too little for BatchNorm, try a larger "
-                   f"--batch-size or --image-size: {first_line(error)}")
     except KeyboardInterrupt:
         message = "interrupted"
     print(f"{program}: error: {message}", file=sys.stderr)
