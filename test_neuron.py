@@ -87,10 +87,7 @@ def plain(monkeypatch):
     monkeypatch.setattr(neuron, "COMPILE", False)
     # argparse takes the program's name from here.
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
@@ -224,9 +221,10 @@ def test_a_potential_exactly_at_the_threshold_spikes(mode, training, theta):
     threshold = layer.threshold.detach()
     below = torch.nextafter(threshold, torch.tensor(0.0))
     # With tau = 2 a potential goes half the way from 0 to its current: exactly to the threshold
-    # in the first neuron, to the next smaller number in the second.
-    spikes = layer(torch.stack([2 * threshold, 2 * below])[None])
-    assert spikes.tolist() == [[threshold.item(), 0.0]]
+    # in every first neuron, to the next smaller number in every second.
+    current = torch.stack([2 * threshold, 2 * below]).repeat(2 * math.prod(LARGE) // 2)
+    first, _ = layer(current.view(2, *LARGE)).flatten(1)
+    assert first.view(-1, 2).unique(dim=0).tolist() == [[threshold.item(), 0.0]]
 
 
 # The lemma of the paper. It does not hold for the naive form, which is why TrSG exists.
@@ -383,17 +381,12 @@ def captures(fused, monkeypatch):
     neuron.compiled.cache_clear()
 
 
-def assert_still_fused(captures):
-    before = captures()
-    # Each T makes a graph of its own, unless the loop runs eagerly.
-    for T in (2, 3):
-        TrLIF()(torch.randn(T, 3, 5))
-    assert captures() == before + 2
-
-
-@pytest.mark.parametrize("T, dtype", [(2, torch.float32), (2, torch.bfloat16), (20, torch.float32)])
+# Five steps run in pieces of two, two and one.
+@pytest.mark.parametrize("T, dtype", [(2, torch.float32), (2, torch.bfloat16), (5, torch.float32)])
 @pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "nhwc"])
-def test_changing_the_current_before_the_backward_pass_is_an_error(fused, T, dtype, layout):
+def test_changing_the_current_before_the_backward_pass_is_an_error(
+        fused, monkeypatch, T, dtype, layout):
+    monkeypatch.setattr(neuron, "STEPS_A_KERNEL", 2)
     layer, base = TrLIF(), layout(torch.randn(T, 2, 4, 5, 6)).to(dtype)
 
     def gradients(change_current, change_spikes):
@@ -441,18 +434,6 @@ def test_inference_mode_leaves_a_layer_that_can_be_trained(fused):
     network(x).sum().backward()
 
 
-def test_functorch_transforms_work_in_evaluation(captures):
-    layer, x = TrLIF().eval(), 2 * torch.randn(3, 5, 2)
-    gradient = torch.func.grad(lambda current: layer(current).sum())(x)
-    check = x.clone().requires_grad_()
-    assert torch.equal(gradient, torch.autograd.grad(layer(check).sum(), check)[0])
-    assert torch.equal(torch.func.vmap(layer, 2, 2)(x), layer(x))
-    # In training they would lose v_init, so torch refuses.
-    with pytest.raises(RuntimeError, match="functorch|vmap|transform"):
-        torch.func.vmap(layer.train(), 2, 2)(x)
-    assert_still_fused(captures)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_an_error_in_training_only(mode, reentrant):
     def check_checkpointed(layer):
@@ -480,7 +461,10 @@ BAD_USE = [
     (lambda: models.build("alexnet", 10, 1), "unknown arch 'alexnet'"),
     (lambda: models.build("resnet19", 0, 1), "num_classes"),
     (lambda: models.build("resnet19", 10, 0), "timesteps"),
-    (lambda: models.build("spikformer", 10, 1, width=6), "multiple of 4"),
+    (lambda: models.build("resnet18", 10, 1, init="zeros"), "init must be one of published, "),
+    (lambda: models.build("resnet18", 10, 1, init="identity"), "needs tau below 2, not 2"),
+    (lambda: models.build("spikformer", 10, 1, init="identity"), "is for resnet18, resnet19 and"),
+    (lambda: models.build("sew_resnet18", 10, 1, init="identity"), "is for resnet18, resnet19 and"),
 ]
 
 
@@ -524,7 +508,6 @@ def test_few_compilations_serve_a_whole_training(captures, arch):
 
 
 def test_long_sequences_run_fused_in_pieces(captures, monkeypatch):
-    assert neuron.STEPS_A_KERNEL <= 16
     # Five steps are two, two and one.
     monkeypatch.setattr(neuron, "STEPS_A_KERNEL", 2)
     check_against_oracle(TrLIF(0.7, 3.0), 5, torch.float64, 1e-12)
@@ -536,23 +519,30 @@ def test_long_sequences_run_fused_in_pieces(captures, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_layer_can_be_traced_and_fusing_stays_on(captures):
-    layer, x = TrLIF().eval(), torch.randn(4, 16, 64)
+def test_tracers_transforms_and_mistakes_leave_the_fused_loop_on(captures):
+    layer, x = TrLIF().eval(), 2 * torch.randn(3, 16, 5)
     programs = [
         torch.jit.trace(layer, x),
         torch.fx.experimental.proxy_tensor.make_fx(layer)(x),
         torch.export.export(layer, (x,)).module(),
+        torch.func.vmap(layer, 2, 2),
     ]
     for program in programs:
         assert torch.equal(program(x), layer(x))
-    assert_still_fused(captures)
-
-
-def test_a_mistake_of_the_caller_leaves_the_fused_loop_on(captures):
+    current = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(current).sum(), current)
+    assert torch.equal(torch.func.grad(lambda current: layer(current).sum())(x), expected)
+    # In training they would lose v_init, so torch refuses.
+    with pytest.raises(RuntimeError, match="functorch|vmap|transform"):
+        torch.func.vmap(layer.train(), 2, 2)(x)
     # A layer on another device than its input is a mistake with and without a compiler.
     with pytest.raises(RuntimeError, match="meta"):
-        TrLIF().to("meta")(torch.randn(3, 5, 2))
-    assert_still_fused(captures)
+        TrLIF().to("meta")(x)
+    # Each new T still makes a graph of its own, which it would not if the loop ran eagerly.
+    before = captures()
+    for T in (4, 5):
+        TrLIF()(torch.randn(T, 3, 5))
+    assert captures() == before + 2
 
 
 def test_what_cannot_be_compiled_runs_plain_with_one_warning(captures, monkeypatch):
@@ -687,14 +677,6 @@ def test_blocks_that_start_near_the_identity_pass_spikes_on(tau):
 
     assert passed_on("identity") > 0.99
     assert passed_on("kaiming") < 0.9
-
-
-def test_a_start_near_the_identity_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="needs tau below 2, not 2"):
-        models.build("resnet34", 10, timesteps=2, width=4, init="identity")
-    for arch in "sew_resnet34", "spikformer":
-        with pytest.raises(ValueError, match="is for resnet18, resnet19 and resnet34"):
-            models.build(arch, 10, timesteps=2, width=4, init="identity", tau=1.25)
 
 
 # A side of 28 pixels is halved to an odd number, 224 is that of ImageNet.
@@ -1156,31 +1138,6 @@ def test_all_of_train_is_trained_on_and_all_of_val_or_else_test_is_evaluated(
 
     assert sorted(seen(dataset.train(4, 0, 0))) == values["train"]
     assert seen(dataset.test(5)) == values["val" if "val" in parts else "test"]
-
-
-@pytest.mark.parametrize("size", [24, 112])
-def test_the_first_classes_and_some_images_alone(tmp_path, size):
-    dataset = data.load("folder", image_tree(tmp_path), image_size=size, workers=0).to("cpu")
-    with pytest.raises(data.UserError, match="--classes 3 is more than the 2 classes of folder"):
-        dataset.keep_classes(3)
-    dataset.keep_classes(1)
-    assert dataset.classes == ["cats"] and len(dataset) == 12
-    assert torch.cat([y for _, y in dataset.train(4, 0, 0)]).tolist() == [0] * 12
-    assert torch.cat([y for _, y in dataset.test(5)]).tolist() == [0] * 12 + [-1] * 3
-    with pytest.raises(data.UserError, match="--limit 13 is more than the 12 train images"):
-        dataset.limit("train", 13, "--limit")
-    dataset.limit("train", 5, "--limit")
-    assert len(dataset) == 5 and len(list(dataset.train(2, 0, 0))) == 2
-    dataset.limit("test", 7, "--images")
-    assert torch.cat([y for _, y in dataset.test(5)]).tolist() == [0] * 7 + [-1] * 3
-
-
-# Pillow's names for whole numbers of 16 and of 32 bits and for fractions.
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_images_of_more_than_8_bits_are_refused(tmp_path, mode):
-    Image.new(mode, (20, 20)).save(image_tree(tmp_path, n=1) / "train/cats/deep.tiff")
-    with pytest.raises(data.UserError, match=r"deep.tiff: .*more than 8 bits[^\n]*$"):
-        data.load("folder", tmp_path, image_size=16, workers=1)
 
 
 def test_reading_a_whole_set_keeps_no_batch_open():
@@ -1700,16 +1657,11 @@ def small(arch, num_classes, timesteps, in_channels, width, init=None, stages=()
     return models.ResNet(models.Block, stages, *shape, options)
 
 
-def assert_agreement_with_the_log(capsys, out, images):
-    """eval.py must print the accuracies that the last row of the run's log has."""
-    said = printed(capsys, evaluation, out / "last.pt")
-    at1, at2 = (100 * float(accuracy) for accuracy in log(out)[-1][-2:])
-    for expected in (f"top-1 {at2:.2f} %", f"t=1: {at1:.2f} %", f"of {images} images"):
-        assert expected in said
-
-
 def test_evaluation_agrees_with_the_log(capsys, shapes, trained):
-    assert_agreement_with_the_log(capsys, trained, images=1000)
+    said = printed(capsys, evaluation, trained / "last.pt")
+    at1, at2 = (100 * float(accuracy) for accuracy in log(trained)[-1][-2:])
+    for expected in (f"top-1 {at2:.2f} %", f"t=1: {at1:.2f} %", "of 1000 images"):
+        assert expected in said
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -1764,10 +1716,8 @@ def test_recipes_are_chosen_by_data_and_network_and_flags_override_them(tiny):
     assert args.batch_size == 16
 
 
-@pytest.mark.parametrize("failing", ["training", "evaluation"])
-def test_a_network_that_cannot_be_compiled_trains_unfused(
-    capsys, monkeypatch, tiny, tmp_path, failing
-):
+@pytest.mark.parametrize("failing", [None, "training", "evaluation"])
+def test_a_network_is_compiled_or_else_its_neurons(capsys, monkeypatch, tiny, tmp_path, failing):
     def compile_model(model, **_):
         def call(x):
             if model.training == (failing == "training"):
@@ -1777,32 +1727,26 @@ def test_a_network_that_cannot_be_compiled_trains_unfused(
         model._compiled_call_impl = call
 
     monkeypatch.setattr(models, "build", small)
-    monkeypatch.setattr(models, "compile_model", compile_model)
-    # Nor are neurons fused that are so few: the result is the plain run's to the bit.
+    if failing:
+        monkeypatch.setattr(models, "compile_model", compile_model)
+    # Neurons that are so few are not fused.
     monkeypatch.setattr(neuron, "CPU_COMPILE_FROM", 2**40)
-    flags = [*tiny(), "--epochs", 1]
-    printed(capsys, train, *flags, "--out", tmp_path / "off")
-    assert not neuron.COMPILE
-    said = printed(capsys, train, *flags, "--compile", "network", "--out", tmp_path / "network")
-    line = "The network cannot be compiled here, only its neurons are: no compiler here\n"
-    assert said.count(line) == 1 and "much more" not in said and neuron.COMPILE
-    assert same(weights(tmp_path / "off/last.pt"), weights(tmp_path / "network/last.pt"))
-
-
-def test_a_compiled_network_takes_the_same_first_step(capsys, monkeypatch, tiny, tmp_path):
-    monkeypatch.setattr(models, "build", small)
-    flags = [*tiny(), "--epochs", 1, "--limit", 8]
-    rows, states = [], []
+    flags, rows, states = [*tiny(), "--epochs", 1, "--limit", 8], [], []
     for fuse in ("off", "network"):
         said = printed(capsys, train, *flags, "--compile", fuse, "--out", tmp_path / fuse)
-        assert "cannot be compiled" not in said
         rows.append(log(tmp_path / fuse)[1])
         states.append(weights(tmp_path / fuse / "last.pt"))
+    # The first line of the error is enough.
+    line = "The network cannot be compiled here, only its neurons are: no compiler here\n"
+    assert said.count("cannot be compiled") == said.count(line) == (failing is not None)
+    assert "much more" not in said and neuron.COMPILE
+    # Compiling takes a trial step, which must leave nothing behind in weights and statistics.
+    # Without a compiler the result is that of the plain run to the bit.
+    assert same(*states) or not failing
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
     # The third column is the loss, the fourth the accuracy in training.
     off, network = rows
     assert float(off[2]) == pytest.approx(float(network[2]), abs=2e-5) and off[3] == network[3]
-    # Compiling takes a trial step, which must leave nothing behind in weights and statistics.
-    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
 
 
 def test_parts_of_a_step_add_up_to_the_whole():
@@ -1887,17 +1831,6 @@ def test_mp_init_raises_the_accuracy_at_the_first_step(tmp_path):
     active, off = (float(log(tmp_path / name)[-1][-2]) for name in ("active", "off"))
     # By seed (0, 1, 2) 82, 78, 73 % with it, and 67, 43, 54 % without.
     assert active > off + 0.05
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_network_that_gives_nan_is_an_error(bad):
-    model = small("", 10, timesteps=2, in_channels=3, width=4)
-    batches = [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 2
-    assert train.evaluate(model, batches)["images"] == 8
-    # One class is enough.
-    model.head.bias.data[3] = bad
-    with pytest.raises(data.UserError, match="logits are NaN or infinite"):
-        train.evaluate(model, batches)
 
 
 # ---- looking inside ------------------------------------------------------------------------------
@@ -1992,21 +1925,26 @@ def test_evaluation_agrees_with_a_plain_count():
 
 
 @pytest.mark.parametrize("size", [24, 112])
-def test_images_are_drawn_from_all_classes(tmp_path, size):
+def test_some_images_are_drawn_from_all_classes_and_classes_left_out(tmp_path, size):
     # One set that lies in memory and one that is read as it comes, both of 40 cats, then 40 dogs.
     image_tree(tmp_path, n=20, modes=("RGB", "L"))
-    dataset = data.load("folder", tmp_path, size, 0)
-    whole = list(evaluation.test_batches(dataset, 100))
-    dataset.limit("test", 30, "--images")
+    dataset, again = (data.load("folder", tmp_path, size, 0).to("cpu") for _ in range(2))
+    for one in (dataset, again):
+        one.limit("test", 30, "--images")
     (x, y), = evaluation.test_batches(dataset, 100)
-    # They are always the same: the places that a first permutation begins with.
-    chosen = torch.randperm(80, generator=data.random_generator(0))[:30]
-    assert torch.equal(x, whole[0][0][chosen]) and torch.equal(y, whole[0][1][chosen])
-    assert 8 < y.sum() < 22
+    # They are the same in every run.
+    (x_again, y_again), = evaluation.test_batches(again, 100)
+    assert torch.equal(x, x_again) and torch.equal(y, y_again) and 8 < y.sum() < 22
     # Batches come without padding.
     assert [len(x) for x, _ in evaluation.test_batches(dataset, 20)] == [20, 10]
     with pytest.raises(data.UserError, match="--images 31 is more than the 30 test images"):
         dataset.limit("test", 31, "--images")
+    dataset.keep_classes(1)
+    assert dataset.classes == ["cats"] and len(dataset) == 40
+    assert torch.cat([y for _, y in dataset.train(4, 0, 0)]).tolist() == [0] * 40
+    assert dataset.test_size() == 30 - y.sum()
+    dataset.limit("train", 5, "--limit")
+    assert len(dataset) == 5 and len(list(dataset.train(2, 0, 0))) == 2
 
 
 def test_operations_by_hand():
@@ -2046,19 +1984,6 @@ def test_operations_by_hand():
         assert row["ann_pj"] == pytest.approx(4.6 * ann_macs)
 
 
-def test_fan_out_is_the_number_of_connections_that_carry_a_spike():
-    # An image for each of 9 x 8 places, with a spike there alone.
-    spikes = torch.zeros(72, 4, 9, 8)
-    spikes[:, 1] = torch.eye(72).view(72, 9, 8)
-    # Groups, kernel, stride and padding.
-    for groups, *shape in (1, 3, 1, 1), (1, 3, 1, 0), (1, 7, 2, 3), (2, 1, 2, 0), (4, 3, 2, 1):
-        conv = nn.Conv2d(4, 8, *shape, groups=groups, bias=False)
-        # Every connection passes a 1 on.
-        nn.init.ones_(conv.weight)
-        connections = conv(spikes).sum((1, 2, 3)).view(9, 8)
-        assert torch.equal(evaluation.fan_out(conv, (9, 8)).float(), connections), shape
-
-
 @pytest.mark.parametrize("arch", SIDES)
 @pytest.mark.parametrize("events", [False, True])
 def test_operations_count_every_spike_of_a_folded_network(arch, events):
@@ -2068,9 +1993,11 @@ def test_operations_count_every_spike_of_a_folded_network(arch, events):
     found = flows(folded, x)
     for name, layer in folded.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear, models.Scale)):
-            spikes = found[name][0]
-            fan = evaluation.fan_out(layer, spikes.shape[2:])
-            expected[name] = (spikes * fan).sum().item() / len(x)
+            # Where every weight is 1, a spike adds 1 for each of its connections.
+            ones = copy.deepcopy(layer)
+            nn.init.ones_(ones.weight)
+            ones.bias = None
+            expected[name] = ones(found[name][0]).sum().item() / len(x)
         elif isinstance(layer, models.SpikingSelfAttention):
             q, k, v = (layer.split_heads(found[f"{name}.{part}"][1]) for part in "qkv")
             expected[f"{name} k^T v"] = (k.transpose(2, 3) @ v).sum().item() / len(x)
@@ -2319,19 +2246,30 @@ def train_five_steps(environment, arch, fused, file):
             nn.init.constant_(layer.weight, 2.0)
     if fused == "network":
         models.compile_model(model)
-    trained = model if processes.world == 1 else train.DistributedDataParallel(model)
+    elif fused == "neurons":
+        # The processes speak to each other outside of the kernels, so no code need be generated.
+        compiler = functools.partial(torch.compile, dynamic=True, backend="eager")
+        neuron.compiled = functools.cache(compiler)
+    world = processes.world
+    trained = model if world == 1 else train.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         x = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 10, (8,), generator=generator)
-        part = slice(processes.rank, None, processes.world)
+        part = slice(processes.rank, None, world)
         loss = F.cross_entropy(trained(x[part]).mean(0), y[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     # No layer ran unfused because compiling it failed.
     assert neuron.COMPILE == (fused != "plain")
+    # After an epoch all have the statistics of the first process, and the totals of both.
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean += 5 + processes.rank
+    processes.equalise(norm)
+    assert norm.running_mean.tolist() == [5.0] * 3
+    assert processes.total(torch.tensor([1.0, 2.0])).tolist() == [world, 2.0 * world]
     if processes.rank == 0:
         torch.save(model.state_dict(), file)
     processes.leave(0)
@@ -2354,31 +2292,6 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path, arch, fused):
     assert any(v.abs() > 1e-3 for name, v in alone.items() if name.endswith("v_init"))
     for name, value in alone.items():
         torch.testing.assert_close(value, together[name], rtol=1e-8, atol=1e-8, msg=name)
-
-
-def equalise(environment, folder):
-    """Save what a process has of BatchNorm's statistics and of the totals after an epoch."""
-    os.environ.update(environment)
-    processes = train.Processes("cpu")
-    model = nn.BatchNorm1d(3)
-    # Each process has seen other images.
-    model.running_mean += 5 + processes.rank
-    model.running_var += 7 + processes.rank
-    processes.equalise(model)
-    totals = processes.total(torch.tensor([1.0, 2.0, 4.0]))
-    torch.save({**model.state_dict(), "totals": totals}, folder / f"{processes.rank}.pt")
-    processes.leave(0)
-
-
-def test_after_an_epoch_all_have_the_statistics_of_the_first(tmp_path):
-    first, second = environments_of_two()
-    in_forks((equalise, first, tmp_path), (equalise, second, tmp_path))
-    for rank in (0, 1):
-        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        # The statistics are those of the first, the totals are those of both.
-        assert state["running_mean"].tolist() == [5.0] * 3
-        assert state["running_var"].tolist() == [8.0] * 3
-        assert state["totals"].tolist() == [2.0, 4.0, 8.0]
 
 
 def test_torchrun_trains_and_counts_every_test_image_once(tiny, tmp_path):
@@ -2508,7 +2421,7 @@ def stop_in_evaluation(environment, flags, number):
     train_small(environment, flags)
 
 
-@pytest.mark.parametrize("world, name", [(1, "SIGINT"), (1, "SIGTERM"), (2, "SIGTERM")])
+@pytest.mark.parametrize("world, name", [(1, "SIGINT"), (2, "SIGTERM")])
 def test_a_signal_ends_an_evaluation(tiny, tmp_path, world, name):
     # 25 batches, after the last epoch.
     flags = [*tiny(200), *"--epochs 1 --resume auto --out".split()]
@@ -2559,17 +2472,20 @@ def test_main_runs_in_a_thread_and_gives_ctrl_c_back(capsys, monkeypatch, tiny, 
 
 
 def test_a_run_goes_on_without_the_reader_of_its_output(tiny, tmp_path):
-    command = [sys.executable, "train.py", *tiny(), "--out", tmp_path / "run"]
+    flags = [*tiny(), "--limit", "16", "--epochs", "2", "--out", tmp_path / "run"]
+    command = [sys.executable, "train.py", *flags]
     how = dict(cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, **how)
     assert process.stdout.readline().startswith("resnet19")
     process.stdout.close()
     assert process.wait(600) == 0 and not process.stderr.read()
-    assert [row[0] for row in log(tmp_path / "run")] == ["epoch", "1", "2", "3"]
+    assert [row[0] for row in log(tmp_path / "run")] == ["epoch", "1", "2"]
 
 
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
-def test_a_run_of_a_gpu_continues_whatever_its_memory_format(capsys, tiny, tmp_path, optimizer):
+def test_a_run_of_a_gpu_continues_whatever_its_memory_format(
+        capsys, monkeypatch, tiny, tmp_path, optimizer):
+    monkeypatch.setattr(models, "build", small)
     flags = [*tiny(), "--optimizer", optimizer, "--lr", 0.01, "--epochs", 1]
     printed(capsys, train, *flags, "--out", tmp_path / "cpu")
     shutil.copytree(tmp_path / "cpu", tmp_path / "gpu")
@@ -2585,7 +2501,9 @@ def test_a_run_of_a_gpu_continues_whatever_its_memory_format(capsys, tiny, tmp_p
     assert same(weights(tmp_path / "cpu/last.pt"), weights(tmp_path / "gpu/last.pt"))
 
 
-def test_a_resumed_run_takes_new_recipe_flags_and_leaves_old_rows(capsys, tiny, tmp_path):
+def test_a_resumed_run_takes_new_recipe_flags_and_leaves_old_rows(
+        capsys, monkeypatch, tiny, tmp_path):
+    monkeypatch.setattr(models, "build", small)
     out = tmp_path / "run"
     printed(capsys, train, *tiny(), "--epochs", 1, "--out", out)
     _, before = (out / "log.csv").read_text().splitlines()
@@ -2658,9 +2576,8 @@ SPOIL = {
     "text": lambda file: file.write_text("something else"),
     "removed": lambda file: shutil.rmtree(file) if file.is_dir() else file.unlink(),
     "renamed": lambda file: file.rename(file.parent / "hens"),
-    "best.pt": lambda file: shutil.copy(file.parent / "best.pt", file),
+    "16 bits": lambda file: Image.new("I;16", (20, 20)).save(file),
     "planes first": array(64, 3, 32, 32),
-    "fractions": array(64, kind=np.float64),
     "class 10": array(64, value=10),
     "objects": array(64, value=Bomb(), kind=object),
     "other format": entries(format="other"),
@@ -2680,13 +2597,11 @@ COMMANDS = {"new": NEW, "tree": TREE, "resume": "--resume {d}/run", "flags": ""}
 BAD_INPUT = """
 # Values out of range, and a device that is not there.
 new --timesteps 0, --epochs 0 || is not at least 1 and below inf
-new --tau 1                   || 1 is not above 1 and below inf
 new --lr nan                  || nan is not above 0
 new --device gpu              || --device gpu cannot be used here
 # Flags that do not go together.
 flags --resume auto             || --resume auto needs --out DIR
 resume --out there              || leave --out out
-new --resume=                   || a name is needed
 # Flags that do not fit the data or the network.
 new --batch-size 65             || at most the 64 training images
 new --accumulate 3              || must be divisible by 1 processes x --accumulate 3
@@ -2694,18 +2609,15 @@ new --limit 65                  || --limit 65 is more than the 64 train images
 new --arch spikformer --width 6 || multiple of 4
 # Folders that cannot be written, and one that holds a run.
 new --out /proc/run             || cannot write a run into /proc/run
-new --out {long}                || File name too long
 new --out {d}/run               | run/last.pt: removed | holds a run (best.pt, log.csv)
 # Data that are missing or something else.
 new --dataset nmnist            || nmnist
 new | data/cifar10/train_images.npy: planes first | must be uint8 [N, 32, 32, 3]
-new | data/cifar10/train_images.npy: cut off      | no readable .npy
-new | data/cifar10/train_labels.npy: fractions    | must hold 64 whole numbers
 new | data/cifar10/train_labels.npy: class 10     | whole numbers from 0 to 9
 new | data/cifar10/train_labels.npy: objects      | no readable .npy
 tree                  | tree/val/dogs: renamed     | ['dogs', 'hens']
 tree                  | tree/val: removed          | no folder test or val
-tree                  | tree/val/dogs/0.png: cut off | 0.png: not a readable image
+tree                  | tree/val/dogs/0.png: 16 bits | more than 8 bits
 # Images of this size are read during the training, by another process.
 tree --image-size 112 | tree/train/cats/0.png: text | 0.png: not a readable image
 # Checkpoints that are missing, cut off, of something else, or would run code.
@@ -2715,15 +2627,11 @@ resume | run/last.pt: cut off       | it may be truncated, or no checkpoint of t
 resume | run/last.pt: other format  | is no checkpoint of train.py
 resume | run/last.pt: code          | last.pt cannot be read
 resume | run/last.pt: a bit flipped | its checksums do not fit
-resume | run/last.pt: best.pt       | is a best.pt or folded: for evaluation only
 # A run goes on where it is, with its network and data.
 resume --epochs 1         || is in epoch 2 already
 resume --arch resnet18    || has --arch resnet19, not resnet18
-resume --timesteps 4      || has --timesteps 2, not 4
-resume --optimizer adamw  || has --optimizer nesterov, not adamw
 resume --batch-size 16    || has --batch-size 8, not 16
 resume --fixed-neuron     || has --fixed-neuron False, not True
-resume --recipe paper     || has --recipe fast, not paper
 resume --dataset shapes   || has --dataset cifar10, not shapes
 # Runs that fail on the way.
 new --lr 1e30 --warmup 0  || NaN or infinite by step 8 of epoch 1
@@ -2756,22 +2664,23 @@ def test_bad_input_is_one_line(capsys, monkeypatch, run_and_data, tmp_path, row)
     before = [file.read_bytes() for file in files]
     beginning, _, endings = command.partition(" ")
     for ending in endings.split(", "):
-        flags = f"{COMMANDS[beginning]} {ending}".format(d=d, long=300 * "a")
+        flags = f"{COMMANDS[beginning]} {ending}".format(d=d)
         fails(capsys, train, flags.split(), expected)
     # What was there is unchanged, no half of a file is left, and no code was run.
     assert [file.read_bytes() for file in files] == before
     assert not list(tmp_path.rglob(".*")) and not os.path.exists("must-not-run")
 
 
-def test_memory_does_not_grow_over_1000_steps(fused):
+def test_memory_does_not_grow(fused):
     model = small("", 10, timesteps=2, in_channels=3, width=4)
     optimizer, used = torch.optim.SGD(model.parameters(), 0.01), []
-    x, y = torch.randn(2, 3, 4, 4), torch.arange(2)
-    for _ in range(1000):
+    # A step that kept its current of 0.5 MB would take 30 MB in the last sixty.
+    x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    for _ in range(100):
         optimizer.zero_grad()
         F.cross_entropy(model(x).mean(0), y).backward()
         optimizer.step()
         # The second number is the program's pages in memory, of 4 KiB.
         used.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096)
-    # The first hundred steps may fill caches.
-    assert np.mean(used[-100:]) - np.mean(used[100:200]) < 8 * 2**20
+    # The first steps may fill caches.
+    assert np.mean(used[-20:]) - np.mean(used[20:40]) < 8 * 2**20
