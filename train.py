@@ -2,7 +2,7 @@
 
 Writes into --out: log.csv (a row per epoch), last.pt (everything needed to go on) and best.pt (the
 network with the best test accuracy). Look at the result with  python eval.py DIR/best.pt.
-A first try that needs no download and takes four minutes on a laptop:
+A first try that needs no download and takes minutes on two CPU cores:
 
     python train.py --dataset shapes --arch resnet19 --width 8 --timesteps 2 --epochs 3
 
