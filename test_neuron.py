@@ -2246,10 +2246,6 @@ def train_five_steps(environment, arch, fused, file):
             nn.init.constant_(layer.weight, 2.0)
     if fused == "network":
         models.compile_model(model)
-    elif fused == "neurons":
-        # The processes speak to each other outside of the kernels, so no code need be generated.
-        compiler = functools.partial(torch.compile, dynamic=True, backend="eager")
-        neuron.compiled = functools.cache(compiler)
     world = processes.world
     trained = model if world == 1 else train.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
