@@ -52,7 +52,7 @@ def test_data(checkpoint, data_dir, workers=None, timesteps=None, images=None):
     # A recording of events is cut into as many frames as the network takes time steps.
     dataset = load_data(settings, data_dir, workers, timesteps or settings.timesteps)
     check_classes(checkpoint, dataset, data_dir)
-    # Normalise by the statistics of the training images, even if the folder has changed since.
+    # Normalised as in training. This takes effect when the data set moves to its device.
     dataset.mean, dataset.std = checkpoint["mean"], checkpoint["std"]
     if images:
         dataset.limit("test", images, "--images")
@@ -86,7 +86,7 @@ def observe(model, batches, amp=False):
         the name of a neuron layer    spikes of each neuron at each time step, [T, *neurons]
         the name of a pooling layer   spikes at each output, all time steps together, [1, *outputs]
         "NAME k^T v"                  additions for k^T v in the attention layer NAME
-        "events", "analog"            spikes in the input, and values that are none, [C, H, W]
+        "events", "analog"            spikes in the input, and values that are not, [C, H, W]
     """
     # The hooks go on a copy, so the network itself stays as it is.
     model = copy.deepcopy(model)
@@ -111,8 +111,8 @@ def observe(model, batches, amp=False):
         def hook(_, inputs, output):
             # Spikes of each token in each head: [T, B, N, D] -> [T, B, N, heads].
             latest[part] = (output != 0).unflatten(3, (heads, -1)).sum(4).double()
-            # A token adds 1 to entry (a, b) of k^T v where both its k_a and its v_b are spikes: so
-            # many additions as k has spikes, times those of v. The network computes v after k.
+            # A token adds 1 to entry (a, b) of k^T v where both its k_a and its v_b are spikes: in
+            # a head, k's number of spikes times v's. The network computes v after k.
             if part == "v":
                 counts[f"{name} k^T v"] += (latest["k"] * latest["v"]).sum()
         return hook
@@ -142,8 +142,8 @@ def fan_out(layer, size):
     # kernel position that reads it. So its derivative by a place is that number.
     x, ones = torch.zeros(1, 1, *size, requires_grad=True), torch.ones(1, 1, *layer.kernel_size)
     with torch.enable_grad():
-        total = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation).sum()
-    (reads,) = torch.autograd.grad(total, x)
+        all_reads = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation).sum()
+    (reads,) = torch.autograd.grad(all_reads, x)
     return reads[0, 0].double() * (layer.out_channels // layer.groups)
 
 
@@ -184,8 +184,7 @@ def operations(model, counts, images):
         ann_macs = (torch.ones_like(arriving[0]) * fan).sum()
         if layer is model.head:
             # The head of an ANN reads one value for each channel, the mean over all places.
-            channels = arriving[0].shape[0 if arriving[0].dim() == 3 else 1]
-            ann_macs = layer.out_features * channels
+            ann_macs = layer.out_features * len(arriving[0])
         elif not isinstance(weights, (nn.Conv2d, nn.Linear)):
             # A plain shortcut only adds in an ANN.
             ann_macs = 0
@@ -203,6 +202,11 @@ def operations(model, counts, images):
     return rows
 
 
+def total(rows, key):
+    """The sum of a column of operations() over all layers."""
+    return sum(row[key] for row in rows)
+
+
 # ---- Membrane potentials ------------------------------------------------------------------------
 
 def histogram(v, theta):
@@ -213,9 +217,10 @@ def histogram(v, theta):
 
 
 def potentials(model, batches, T, steps, v_init=None, amp=False):
-    """Evaluate a network over so many time steps and record its potentials v after the reset.
+    """Evaluate a network over `steps` time steps, at least 2 T, and record its potentials v after
+    the reset.
 
-    An image is shown all the time, the T frames of a recording again and again. v_init: where the
+    An image is shown at every step, the T frames of a recording over and over. v_init: where the
     potentials start, None for where the network starts them.
     Returns (result of evaluate(), {name of a neuron layer: histograms of v / theta [T + 1, BINS]}).
     The rows are the time steps 1 ... T and the stationary distribution, that of the last T steps.
@@ -250,16 +255,15 @@ def wasserstein(histograms, reference):
     """The 1-Wasserstein distance of histograms [..., BINS] from another one, in thresholds: the
     area between the cumulative distributions. It is exact to the width of a bin."""
     # Fractions instead of counts, because the histograms may hold different numbers of potentials.
-    fractions, reference = (counts.double() / counts.double().sum(-1, keepdim=True)
-                            for counts in (histograms, reference))
-    return (fractions - reference).cumsum(-1).abs().sum(-1) / BINS_PER_THRESHOLD
+    p, q = (counts.double() / counts.sum(-1, keepdim=True) for counts in (histograms, reference))
+    return (p - q).cumsum(-1).abs().sum(-1) / BINS_PER_THRESHOLD
 
 
 # ---- All about one network ----------------------------------------------------------------------
 
 @contextlib.contextmanager
 def fusing(on):
-    """Inside this with block neuron layers are fused, or all eager."""
+    """A context in which neuron layers run fused, or all eagerly."""
     before, neuron.COMPILE = neuron.COMPILE, on
     try:
         yield
@@ -268,7 +272,11 @@ def fusing(on):
 
 
 def examine(model, dataset, batch_size, amp=False):
-    """Evaluate a network and count what it does. Returns what tables show of it, as attributes."""
+    """Evaluate a network and count what it does.
+
+    Returns a study: a namespace of what tables and pictures show. examine_potentials adds the
+    membrane potentials to it, evaluate_checkpoint what the checkpoint is called.
+    """
     result, counts = observe(model, test_batches(dataset, batch_size), amp)
     images, neurons = result["images"], neurons_of(model)
     # Spikes for one image: {neuron layer: [T, *neurons]}.
@@ -286,13 +294,19 @@ def examine(model, dataset, batch_size, amp=False):
         rates={name: count.flatten(1).mean(1) for name, count in spikes.items()},
         operations=rows,
         # Energy for one image, in µJ.
-        uj=1e-6 * sum(row["pj"] for row in rows),
-        ann_uj=1e-6 * sum(row["ann_pj"] for row in rows))
+        uj=1e-6 * total(rows, "pj"),
+        ann_uj=1e-6 * total(rows, "ann_pj"))
 
 
 def examine_potentials(study, model, dataset, batch_size, amp=False):
-    """Add the study of membrane potentials. It takes far longer than examine() does."""
-    # With tau = 4, a large one, 16 steps leave 1 % of v[0]: then the potentials have settled.
+    """Add to a study how membrane potentials behave. It takes far longer than examine() does.
+
+    steps  for how many time steps the network runs
+    runs   {start: a namespace of top1_at, histograms (see potentials) and shift, the distance from
+           the stationary distribution in thresholds, [layers, T]}
+    """
+    # By then the potentials have settled: with tau = 4, a large one, 16 steps leave 1 % of v[0].
+    # The frames of a recording are shown five times and more.
     study.steps, study.runs = 5 * study.T + 16, {}
     for start, v_init in STARTS.items():
         print(f"membrane potentials over {study.steps} time steps, {start}", flush=True)
@@ -313,9 +327,9 @@ def examine_potentials(study, model, dataset, batch_size, amp=False):
 def table(header, rows):
     """A Markdown table with aligned columns, so that it reads well as plain text, too.
 
-    header: names of the columns, "a | b | c". rows: lists of cells.
+    header: names of the columns, "a | b | c". rows: lists of texts.
     """
-    rows = [header.split(" | "), *([str(cell) for cell in row] for row in rows)]
+    rows = [header.split(" | "), *rows]
     # A column is as wide as its longest cell. Markdown wants three dashes at least in the rule.
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     # The first column is aligned to the left, the others to the right.
@@ -335,7 +349,7 @@ def summary(studies):
     """A table with one row for each checkpoint, as Markdown."""
     rows = []
     for study in studies:
-        row = [study.path, study.arch, study.T, f"{study.parameters:,d}"]
+        row = [study.path, study.arch, str(study.T), f"{study.parameters:,d}"]
         row += [percent(study.result["top1_at"][0]), percent(study.result["top1"])]
         row += [percent(study.spikes / study.T / study.size), f"{study.spikes:,.0f}"]
         rows.append(row + [f"{study.uj:,.2f}", f"{study.ann_uj:,.2f}"])
@@ -386,8 +400,7 @@ def report(study):
     accuracy = []
     for start, run in study.runs.items():
         accuracy.append([start, *(percent(fraction) for fraction in run.top1_at[:study.T])])
-    acs, macs, ann_macs = (sum(row[key] for row in study.operations)
-                           for key in ("acs", "macs", "ann_macs"))
+    acs, macs, ann_macs = (total(study.operations, key) for key in ("acs", "macs", "ann_macs"))
     return f"""# {study.title}
 
 {table(f"potentials start at | {times}", accuracy)}
@@ -445,7 +458,8 @@ def pyplot():
 
 
 def save_figure(figure, path):
-    # Nine inches wide, a figure has 1350 pixels, and its text is as large as a web page's at 900.
+    # Nine inches become 1350 pixels. On a web page 900 pixels wide the text has about the page's
+    # size.
     data.write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     # matplotlib keeps every figure in memory until it is closed.
     pyplot().close(figure)
@@ -505,7 +519,8 @@ def plot(study, path):
     rate.set(title="Firing rate", ylim=(0, None), ylabel="spikes per neuron and time step (%)")
     name_layers(rate, names)
     layers = [row["layer"] for row in study.operations]
-    uj, ann_uj = ([1e-6 * row[key] for row in study.operations] for key in ("pj", "ann_pj"))
+    uj = [1e-6 * row["pj"] for row in study.operations]
+    ann_uj = [1e-6 * row["ann_pj"] for row in study.operations]
     # The wide bars first, so that the narrow ones are in front of them.
     energy.bar(layers, ann_uj, 0.9, color="lightgrey", label=f"ANN: {study.ann_uj:,.1f} µJ")
     energy.bar(layers, uj, 0.5, label=f"spiking: {study.uj:,.1f} µJ")
@@ -529,7 +544,8 @@ def gradient_norm(surrogate, theta):
     torch.manual_seed(0)
     model = models.build("resnet19", num_classes=10, timesteps=4, width=8, init="kaiming",
                          threshold=theta, surrogate=surrogate)
-    # The same neurons fire whatever theta is. Only the window makes a difference.
+    # With TrSG the same neurons fire whatever theta is. The fixed window emits 1, not theta, also
+    # where that is added to a scaled current, so with it some other neurons fire.
     models.scale_currents(model, theta)
     currents = []
     model.lif.register_forward_pre_hook(lambda layer, inputs: currents.append(inputs[0]))
@@ -540,7 +556,7 @@ def gradient_norm(surrogate, theta):
 
 
 def draw_gradients(panel):
-    """What TrSG is for."""
+    """The norm of a gradient by threshold, with TrSG and with a window of fixed width."""
     thetas = (0.25, 0.5, 1, 2, 4)
     for surrogate, colour in zip(("trsg", "absolute"), COLOURS):
         norms = [gradient_norm(surrogate, theta) for theta in thetas]
@@ -556,8 +572,8 @@ def draw_gradients(panel):
 
 @torch.no_grad()
 def draw_windows(panel):
-    """Why: for three thresholds, the potentials that meet them, and the windows within which
-    gradients pass."""
+    """The reason: potentials before firing at three thresholds, with both windows and how many of
+    the potentials each window holds."""
     for row, theta in enumerate((0.25, 1.0, 4.0)):
         layer = TrLIF(theta)
         # Currents scale with the threshold. The potentials settle in eight time steps.
@@ -638,7 +654,9 @@ def layer_times(neurons, T, device, dtype):
         layer(x).backward(gradient)
 
     def milliseconds(function):
-        # Timer warms up, and waits for a GPU.
+        # The first call may compile, which Timer would take for the time of a step.
+        function()
+        # Timer waits for a GPU.
         timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
         return 1e3 * timer.blocked_autorange(min_run_time=SECONDS).median
 
@@ -702,8 +720,8 @@ def arguments(argv=None):
     # A folder stands for its best.pt.
     args.checkpoint = [os.path.join(path, "best.pt") if os.path.isdir(path) else path
                        for path in args.checkpoint]
-    # What argparse cannot check. Without the endings, a checkpoint given to --report by mistake
-    # would be overwritten.
+    # What argparse cannot check. Endings are checked so that a checkpoint given to --report by
+    # mistake is not overwritten.
     for file, ending in (args.report, ".md"), (args.plot, ".png"), (args.picture, ".png"):
         if file and not file.endswith(ending):
             p.error(f"{file} does not end in {ending}")
@@ -725,7 +743,7 @@ def save_folded(args, checkpoint, model, dataset):
     same = images = difference = 0
     for x, _ in test_batches(dataset, args.batch_size):
         before, after = model(x).mean(0), folded(x).mean(0)
-        if not before.isfinite().all():
+        if not (before.isfinite() & after.isfinite()).all():
             raise UserError(f"{args.checkpoint[0]}: the network's logits are NaN or infinite")
         same += (before.argmax(1) == after.argmax(1)).sum().item()
         images += len(x)

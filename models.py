@@ -15,9 +15,9 @@ Between calls a network holds no state but its weights and running means.
     spikformer                   Spikformer-4-384 (Zhou et al. 2023): convolutional patches,
                                  spiking self attention
 
-What travels between the layers of a resnet is 0 or theta, nothing else (the head reads their
-means). In sew_resnet* and spikformer the residual streams add the spikes of several layers, each
-with its own theta. `fold` makes a copy for inference in which everything that travels is 0 or 1.
+In a resnet only spikes travel between layers, each 0 or theta (the head reads their means over
+places). In sew_resnet* and spikformer the residual streams add the spikes of several layers, each
+with its own theta. `fold` makes a copy for inference in which every spike is 0 or 1.
 
 This file imports neuron.py.
 """
@@ -52,7 +52,7 @@ def conv_bn(c_in, c_out, kernel, stride=1):
 
 
 def fire(neuron, x, T):
-    """A neuron layer's spikes for a current [T*B, ...], which it wants as [T, B, ...]."""
+    """Run a neuron layer, which takes [T, B, ...], on a current [T*B, ...]: spikes [T*B, ...]."""
     return neuron(x.unflatten(0, (T, -1))).flatten(0, 1)
 
 
@@ -130,7 +130,7 @@ class ResNet(nn.Module):
         c_in = width
         for c_out, blocks, stride in stages:
             for i in range(blocks):
-                # The first block of a stage halves the side.
+                # Only the first block of a stage has its stride.
                 self.blocks.append(block(c_in, c_out, stride if i == 0 else 1, lif_options))
                 c_in = c_out
         self.head = nn.Linear(c_in, num_classes)
@@ -211,7 +211,7 @@ class Spikformer(nn.Module):
                  heads=12):
         super().__init__()
         self.timesteps = timesteps
-        # Three times the channels double, from an eighth of a token's to all of them.
+        # The channels double three times, from an eighth of a token's channels to all of them.
         dim = 6 * width
         channels = [in_channels, dim // 8, dim // 4, dim // 2, dim, dim]
         self.patches = nn.ModuleList(conv_bn(a, b, 3) for a, b in zip(channels, channels[1:]))
@@ -231,7 +231,7 @@ class Spikformer(nn.Module):
         x = self.pools[0](self.lifs[0](x).flatten(0, 1))
         for i in (1, 2, 3):
             x = self.pools[i](fire(self.lifs[i], self.patches[i](x), T))
-        # The fifth convolution tells each token its place.
+        # The fifth convolution serves as position embedding, as published.
         x = self.join(tokens(x), tokens(fire(self.lifs[4], self.patches[4](x), T)))
         # The stream x is [T*B, N tokens, D]. Each block adds its spikes to it.
         for attention, mlp in zip(self.attention, self.mlp):
@@ -294,13 +294,14 @@ def build(arch, num_classes, timesteps, in_channels=3, width=64, init="published
 
 @torch.no_grad()
 def start_near_identity(model):
-    """Let each Block of a resnet begin by passing on its shortcut's spikes, in place.
+    """Let each Block with a plain shortcut begin by passing on the shortcut's spikes, in place.
 
-    From the usual start a Block passes on little of them, and a deep resnet hardly anything of its
-    image. Here the current of its convolutions begins small, with a constant b = theta tau / 2
-    added. Without a spike on the shortcut h then settles at b, below theta. With one, the first h
-    is (b + theta) / tau, above theta. Both hold for tau < 2; ValueError for any other, or where a
-    network has no such blocks.
+    From the usual start few of these spikes get through a Block, and hardly anything of an image
+    gets through a deep resnet. Here the BatchNorm of conv2 starts with a small current around the
+    constant b = theta tau / 2. Without spikes on the shortcut the potential then tends to b, which
+    is below theta. A spike of height theta takes it from 0 to (b + theta) / tau in one step, which
+    is above theta. Both need tau < 2, and the second needs TrSG or theta = 1. ValueError for
+    tau >= 2, and for a network without such blocks.
     """
     if not isinstance(model, ResNet) or not isinstance(model.blocks[0], Block):
         raise ValueError("init 'identity' is for resnet18, resnet19 and resnet34")
@@ -317,8 +318,9 @@ def scale_currents(model, threshold):
     """Multiply every BatchNorm's weight, initially 1, by theta, in place (as threshold-dependent
     BatchNorm does, Zheng et al. 2021).
 
-    Currents and thresholds then scale alike, so an untrained network of TrSG layers computes the
-    same for every theta. Spikformer does not, because its attention multiplies three spikes.
+    Currents and thresholds then scale alike, so in training mode an untrained network of TrSG
+    layers fires the same for every theta, up to BatchNorm's eps. Spikformer does not, because its
+    attention multiplies three spikes.
     """
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
@@ -352,7 +354,7 @@ class Scale(nn.Module):
 
     def __init__(self, weight):
         super().__init__()
-        self.weight = nn.Parameter(weight.clone())
+        self.weight = nn.Parameter(weight)
 
     def forward(self, x):
         return x * self.weight
@@ -381,7 +383,7 @@ def synapses(model):
     for block in model.blocks:
         if block.shortcut is not None:
             found.append((block.shortcut, stream))
-        # The first convolution reads the stream, the second the neurons behind the first.
+        # conv1 reads the stream, conv2 the spikes of lif1.
         found += [(block.conv1, stream), (block.conv2, [block.lif1])]
         if isinstance(block, SEWBlock):
             # The block adds its spikes to what came over the shortcut.
@@ -425,9 +427,7 @@ def folded_layer(layer, sources):
     else:
         new = nn.Conv2d(weight.shape[1], weight.shape[0], linear.kernel_size, linear.stride,
                         linear.padding)
-    # Copies, not views of the old weights.
-    new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-    new.bias = nn.Parameter(bias.clone())
+    new.weight, new.bias = nn.Parameter(weight), nn.Parameter(bias)
     return new
 
 
@@ -439,7 +439,7 @@ def divide_threshold(attention):
     # spikes stay the same.
     neuron.v_init /= scale
     threshold = neuron.threshold / scale
-    # The inverse of softplus, finite for thresholds however high.
+    # The inverse of softplus, in a form that does not overflow for high thresholds.
     neuron.raw_threshold.copy_(threshold + (-(-threshold).expm1()).log())
 
 
