@@ -46,7 +46,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 # this process has, so that sums are taken in the same order.
 os.environ.update(PYTHONPATH=str(HERE), OMP_NUM_THREADS="1")
 torch.set_num_threads(1)
-SMALL = "--dataset shapes --arch resnet19 --width 4 --timesteps 2 --no-compile".split()
 
 
 def python(*arguments, seconds=600):
@@ -79,6 +78,10 @@ def fails(capsys, program, arguments, expected):
     assert end.value.code == 2 and (error.count("\n") == 1 or error.startswith("usage: ")), error
     last = error.splitlines()[-1]
     assert last.startswith(f"{name}: error: ") and expected in last, error
+
+
+def settings_of(*flags):
+    return train.parse([str(flag) for flag in flags])
 
 
 @pytest.fixture(autouse=True)
@@ -371,7 +374,7 @@ def test_the_fused_loop_keeps_its_input_only_and_sums_over_rows_are_sums_over_th
 @pytest.fixture
 def captures(fused, monkeypatch):
     """Forget what was compiled. Returns a function: how many graphs were compiled since. No code is
-    generated, because these tests ask what is fused, not what comes out."""
+    generated, because these tests ask what is fused, and graphs run one by one compute the same."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiler(f, dynamic=True, backend="eager"))
     torch._dynamo.reset()
@@ -545,7 +548,7 @@ def test_tracers_transforms_and_mistakes_leave_the_fused_loop_on(captures):
     assert captures() == before + 2
 
 
-def test_what_cannot_be_compiled_runs_plain_with_one_warning(captures, monkeypatch):
+def test_what_cannot_be_compiled_runs_plain_with_one_warning(fused, monkeypatch):
     def broken(*_):
         raise RuntimeError("no compiler here\nand much more")
 
@@ -721,7 +724,11 @@ def test_compiling_the_network_changes_rounding_only(monkeypatch):
         return losses, [layer.v_init.item() for layer in neurons(model)]
 
     plain_losses, plain_starts = losses_and_starts(fuse=False)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     losses, starts = losses_and_starts(fuse=True)
+    # Otherwise the plain network would be compared with itself.
+    assert graphs["unique_graphs"] > before
     assert losses[-1] < losses[0] and all(starts)
     np.testing.assert_allclose(losses, plain_losses, rtol=1e-6)
     np.testing.assert_allclose(starts, plain_starts, rtol=1e-6)
@@ -804,7 +811,9 @@ SHALLOW = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", SHALLOW)
-def test_folded_networks_can_be_exported_for_any_batch_size(kind, tmp_path):
+def test_folded_networks_can_be_exported_for_any_batch_size(monkeypatch, kind, tmp_path):
+    # As users have it. Inputs this small are not compiled.
+    monkeypatch.setattr(neuron, "COMPILE", True)
     torch.manual_seed(0)
     # With low thresholds something fires in front of the head.
     common = dict(num_classes=10, timesteps=2, in_channels=3, width=4)
@@ -840,21 +849,16 @@ def test_networks_compile_in_one_graph_for_changing_shapes(fused, device, dynami
     network = models.ResNet(models.Block, [], 10, 2, 3, 4, {}).to(device)
     # fullgraph makes a graph break an error.
     how = dict(dynamic=dynamic, fullgraph=True, backend="aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     compiled = torch.compile(network, **how)
     for side in (16, 20, 24):
         compiled(torch.randn(2, 3, side, side, device=device)).sum().backward()
     layer = torch.compile(TrLIF().to(device).eval(), **how)
     for batch in (3, 5, 7):
         layer(torch.randn(4, batch, 8, 6, 6, device=device))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_export_with_a_free_batch_size_on_the_way_of_a_gpu(fused):
-    for module, shape, dim in ((SHALLOW["resnet"](10, 2, 3, 4, {}), (4, 3, 16, 16), 0),
-                               (TrLIF(), (2, 4, 3, 16, 16), 1)):
-        x = torch.randn(shape, device="meta")
-        batch = {dim: torch.export.Dim("batch")}
-        torch.export.export(module.to("meta").eval(), (x,), dynamic_shapes=(batch,))
+    # A graph each for network and layer. Without dynamic=True the second shape makes another.
+    assert 0 < graphs["unique_graphs"] - before <= (2 if dynamic else 4)
 
 
 def test_networks_take_synchronised_batchnorm():
@@ -1117,6 +1121,12 @@ def test_a_folder_of_images_of_every_mode(tmp_path, size, kind):
     labels = torch.cat([y for _, y in dataset.test(10)])
     assert labels.tolist() == [0] * 12 + [1] * 12 + [-1] * 6
 
+    def crops(epoch):
+        return {image.numpy().tobytes() for x, _ in dataset.train(8, 0, epoch) for image in x}
+
+    # Another epoch crops large images in another way. Small ones have shifts that may come again.
+    assert kind is data.Resident or crops(0).isdisjoint(crops(1))
+
 
 @pytest.mark.parametrize("size, parts", [
     (24, "train val test"), (112, "train val test"), (24, "train test"), (112, "train val")])
@@ -1159,7 +1169,6 @@ def test_worker_processes_outlive_signals_but_not_the_program():
     script = """
 import multiprocessing, os, signal, time
 import data
-print(signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL)
 own = multiprocessing.Process(target=time.sleep, args=(600,), daemon=True)
 own.start()
 def loader():
@@ -1177,7 +1186,7 @@ print(multiprocessing.active_children() == [own])
 batches = loader()
 next(batches)
 """
-    assert python("-c", script, seconds=60) == "True\nTrue 3\nTrue\n"
+    assert python("-c", script, seconds=60) == "True 3\nTrue\n"
 
 
 def test_two_writers_of_one_file_write_it_whole(tmp_path):
@@ -1450,8 +1459,8 @@ def test_frames_are_made_again_where_recordings_have_changed(tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_written_serves(tmp_path, capsys):
-    folder, load = write_recordings(tmp_path, (0, 100)), functools.partial(
-        data.load, "cifar10-dvs", tmp_path, timesteps=2, workers=0)
+    folder = write_recordings(tmp_path, (0, 100))
+    load = functools.partial(data.load, "cifar10-dvs", tmp_path, timesteps=2, workers=0)
     before = sorted(folder.rglob("*"))
     # No file may grow beyond 0 bytes.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))
@@ -1557,18 +1566,6 @@ def in_forks(*calls, code=0):
     assert [process.exitcode for process in processes] == [code] * len(processes)
 
 
-# What follows SMALL in the run of the fixture `trained`: two epochs of five steps, and its folder.
-TRAINED = "--limit 160 --batch-size 32 --epochs 2 --out".split()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a finished run on drawn images, by a process of its own."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    python("train.py", *SMALL, *TRAINED, out)
-    return out
-
-
 @pytest.fixture(scope="module")
 def drawn():
     return data.load("shapes")
@@ -1584,7 +1581,7 @@ def shapes(drawn, monkeypatch):
 def tiny_run(folder, n_test=16):
     """Flags of a run of a second or two: a narrow network on 64 random images."""
     rng, arrays = np.random.default_rng(0), folder / "data/cifar10"
-    arrays.mkdir(parents=True)
+    arrays.mkdir(parents=True, exist_ok=True)
     for part, n in (("train", 64), ("test", n_test)):
         np.save(arrays / f"{part}_images.npy", rng.integers(0, 256, (n, 32, 32, 3), np.uint8))
         np.save(arrays / f"{part}_labels.npy", (np.arange(n) % 10).astype(np.uint8))
@@ -1595,6 +1592,23 @@ def tiny_run(folder, n_test=16):
 @pytest.fixture
 def tiny(tmp_path):
     return lambda n_test=16: tiny_run(tmp_path, n_test)
+
+
+@pytest.fixture(scope="module")
+def run_and_data(tmp_path_factory):
+    """A folder with arrays, a tree of images, and a run of two epochs on the arrays."""
+    folder = tmp_path_factory.mktemp("run")
+    image_tree(folder / "tree", n=1, modes=("RGB", "L"))
+    flags = [*tiny_run(folder), "--epochs", "2", "--out", str(folder / "run")]
+    in_forks((train.main, flags))
+    return folder
+
+
+def small(arch, num_classes, timesteps, in_channels, width, init=None, stages=(), **options):
+    """In the place of models.build: one convolution and neuron layer, compiled in seconds, or a
+    few blocks."""
+    shape = num_classes, timesteps, in_channels, width
+    return models.ResNet(models.Block, stages, *shape, options)
 
 
 def weights(file):
@@ -1612,55 +1626,49 @@ def log(out):
     return [line.split(",")[:-2] for line in lines]
 
 
-def test_training_writes_log_and_checkpoints(trained):
-    header, *rows = log(trained)
+def test_training_writes_log_and_checkpoints(run_and_data):
+    run = run_and_data / "run"
+    header, *rows = log(run)
     assert header == "epoch lr train_loss train_acc test_acc_t1 test_acc_t2".split()
     assert [row[0] for row in rows] == ["1", "2"]
     # No temporary file is left.
-    assert {file.name for file in trained.iterdir()} == {"log.csv", "last.pt", "best.pt"}
-    last, best = (torch.load(trained / f"{n}.pt", weights_only=True) for n in ("last", "best"))
-    # Checkpoints count epochs from 0. The last epoch ended with its fifth step.
-    assert (last["epoch"], last["step"]) == (1, 5)
-    # Only last.pt is for training on, which needs the state of the optimizer.
-    assert "optimizer" in last and "optimizer" not in best
+    assert {file.name for file in run.iterdir()} == {"log.csv", "last.pt", "best.pt"}
+    # Checkpoints count epochs from 0. The last epoch ended with its eighth step.
+    last = train.load_checkpoint(run / "last.pt")
+    assert (last["epoch"], last["step"]) == (1, 8)
 
 
-def test_a_seed_gives_the_same_run_everywhere(capsys, monkeypatch, shapes, trained, tmp_path):
+def test_a_seed_gives_the_same_run_everywhere(capsys, monkeypatch, run_and_data, tmp_path):
     x, logits = torch.randn(8, 3, 32, 32), []
 
     def note_logits(model, *_):
         logits.append(model.eval()(x))
         return {"top1": 0.0, "top1_at": [0.0, 0.0]}
 
-    # The run of `trained` once more, in this process, and with another seed. In the place of its
-    # evaluation the network at the end of each epoch is asked for the logits of some noise.
+    # The run of `run_and_data` once more, in this process, and with another seed. In the place of
+    # its evaluation the network at the end of each epoch is asked for the logits of some noise.
     monkeypatch.setattr(train, "evaluate", note_logits)
+    flags, run = [*tiny_run(run_and_data), "--epochs", 2], run_and_data / "run"
     for seed in (0, 1):
-        printed(capsys, train, *SMALL, "--seed", seed, *TRAINED, tmp_path / str(seed))
-    there = weights(trained / "last.pt")
+        printed(capsys, train, *flags, "--seed", seed, "--out", tmp_path / str(seed))
+    there = weights(run / "last.pt")
     assert same(there, weights(tmp_path / "0/last.pt"))
     assert not same(there, weights(tmp_path / "1/last.pt"))
     # Epoch, learning rate, loss and accuracy in training.
-    assert [row[:4] for row in log(trained)] == [row[:4] for row in log(tmp_path / "0")]
+    assert [row[:4] for row in log(run)] == [row[:4] for row in log(tmp_path / "0")]
     # The other process's checkpoint is the very network that this one has trained.
-    loaded = train.build_network(train.load_checkpoint(trained / "last.pt"))
+    loaded = train.build_network(train.load_checkpoint(run / "last.pt"))
     assert torch.equal(loaded(x), logits[1])
     # That includes the initial potential of each of the 17 neuron layers.
     potentials = [value for name, value in there.items() if name.endswith("v_init")]
     assert len(potentials) == 17 and any(v != 0 for v in potentials)
 
 
-def small(arch, num_classes, timesteps, in_channels, width, init=None, stages=(), **options):
-    """In the place of models.build: one convolution and neuron layer, compiled in seconds, or a
-    few blocks."""
-    shape = num_classes, timesteps, in_channels, width
-    return models.ResNet(models.Block, stages, *shape, options)
-
-
-def test_evaluation_agrees_with_the_log(capsys, shapes, trained):
-    said = printed(capsys, evaluation, trained / "last.pt")
-    at1, at2 = (100 * float(accuracy) for accuracy in log(trained)[-1][-2:])
-    for expected in (f"top-1 {at2:.2f} %", f"t=1: {at1:.2f} %", "of 1000 images"):
+def test_evaluation_agrees_with_the_log(capsys, run_and_data):
+    run = run_and_data / "run"
+    said = printed(capsys, evaluation, run / "last.pt", "--data-dir", run_and_data / "data")
+    at1, at2 = (100 * float(accuracy) for accuracy in log(run)[-1][-2:])
+    for expected in (f"top-1 {at2:.2f} %", f"t=1: {at1:.2f} %", "of 16 images"):
         assert expected in said
 
 
@@ -1672,19 +1680,13 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
 
 
-def settings_of(*flags):
-    return train.parse([str(flag) for flag in flags])
-
-
 def test_the_papers_recipe_is_the_default():
     args = settings_of()
     paper = dict(arch="resnet19", width=64, epochs=200, batch_size=64, optimizer="sgd", lr=0.02)
     paper.update(warmup=0, weight_decay=5e-4, init="published", label_smoothing=0, mixup=0)
     assert paper.items() <= vars(args).items()
-    optimizer = train.make_optimizer(models.build("resnet19", 10, 2, width=4), args)
-    assert type(optimizer) is torch.optim.SGD and train.learning_rate(0, 1000, args) == 0.02
-    for group in optimizer.param_groups:
-        assert group["momentum"] == 0.9 and not group["nesterov"]
+    # From the first step, without a warm-up. The rest of it is in the authors' trajectory.
+    assert train.learning_rate(0, 1000, args) == 0.02
 
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
@@ -1714,6 +1716,22 @@ def test_recipes_are_chosen_by_data_and_network_and_flags_override_them(tiny):
     args.batch_size = None
     train.make_dataset(args, train.Processes("cpu"))
     assert args.batch_size == 16
+
+
+def test_flags_reach_the_network_and_the_data(shapes):
+    flags = "--dataset shapes --width 4 --threshold 2 --tau 3 --surrogate absolute --mp-init off "
+    flags += "--fixed-neuron --scale-currents --classes 3"
+    args = settings_of(*flags.split())
+    dataset = train.make_dataset(args, train.Processes("cpu"))
+    _, model = train.make_model(args, dataset, "cpu")
+    assert dataset.classes == data.SHAPES[:3] and model.head.out_features == 3
+    assert (model.stem[1].weight == 2).all()
+    layer = model.lif
+    assert (layer.surrogate, layer.mp_init) == ("absolute", "off")
+    assert [layer.threshold.item(), layer.tau.item()] == pytest.approx([2, 3])
+    # Thresholds and time constants, the parameters without dimensions, are not trained.
+    for group in train.make_optimizer(model, args).param_groups:
+        assert all(parameter.dim() > 0 for parameter in group["params"])
 
 
 @pytest.mark.parametrize("failing", [None, "training", "evaluation"])
@@ -1818,19 +1836,15 @@ def train_shapes(flags, out):
     train.main([*flags.split(), str(out)])
 
 
-def test_three_epochs_are_enough_for_the_shapes(tmp_path):
-    in_forks((train_shapes, "--width 16 --timesteps 1", tmp_path))
-    # About 97 %. A linear classifier of pixels stays near 10 %.
-    assert float(log(tmp_path)[-1][-1]) > 0.9
-
-
-def test_mp_init_raises_the_accuracy_at_the_first_step(tmp_path):
+def test_three_epochs_teach_the_shapes_and_mp_init_raises_the_first_step(tmp_path):
     # With the same images in the same order and the same initial weights.
     flags = "--width 8 --timesteps 2 --lr 0.1 --mp-init "
     in_forks(*((train_shapes, flags + name, tmp_path / name) for name in ("active", "off")))
-    active, off = (float(log(tmp_path / name)[-1][-2]) for name in ("active", "off"))
-    # By seed (0, 1, 2) 82, 78, 73 % with it, and 67, 43, 54 % without.
-    assert active > off + 0.05
+    active, off = (log(tmp_path / name)[-1] for name in ("active", "off"))
+    # By seed (0, 1, 2) 91, 79, 79 % after both steps. A linear classifier of pixels has about 10 %.
+    assert float(active[-1]) > 0.7
+    # After the first step 83, 75, 73 % with MP-Init, and 64, 56, 60 % without.
+    assert float(active[-2]) > float(off[-2]) + 0.05
 
 
 # ---- looking inside ------------------------------------------------------------------------------
@@ -2175,8 +2189,8 @@ def test_reports_and_pictures(capsys, monkeypatch, shapes, tmp_path):
     flags = ["--images", 3, "--batch-size", 2, "--inspect", "--report", report]
     flags += ["--plot", tmp_path / "p.png", "--picture", tmp_path / "methods.png"]
     said, text = printed(capsys, evaluation, *files, *flags), report.read_text()
-    assert text.startswith("# Summary") and "nan" not in text
-    assert text.partition("# Summary\n\n")[2] in said
+    assert text.startswith("# Summary\n\n") and "nan" not in text
+    assert text.removeprefix("# Summary\n\n") in said
     assert text.count("## Temporal covariate shift") == 2
     assert "blocks.7.lif2" in text and "4.6 pJ" in text
     printed(capsys, evaluation, "--picture", tmp_path / "toy.png")
@@ -2186,12 +2200,20 @@ def test_reports_and_pictures(capsys, monkeypatch, shapes, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("trained, other", [("--amp", "--no-amp"), ("--no-amp", "--amp")])
-def test_precision_is_that_of_training_unless_told(capsys, shapes, tmp_path, trained, other):
-    file = checkpoint_file(tmp_path / "a.pt", "resnet19", trained)
-    for flag, amp in ([], trained), ([other], other):
-        said = printed(capsys, evaluation, file, *flag, "--images", 1)
-        assert f"computed in {'bfloat16' if amp == '--amp' else 'float32'}\n" in said
+@pytest.mark.parametrize("own, other", [("--amp", "--no-amp"), ("--no-amp", "--amp")])
+def test_precision_is_that_of_training_unless_told(capsys, shapes, tmp_path, own, other):
+    file, found = checkpoint_file(tmp_path / "a.pt", "resnet19", own), set()
+
+    def note_dtype(layer, inputs, output):
+        if isinstance(layer, nn.Conv2d):
+            found.add(output.dtype)
+
+    for flag, amp in ([], own), ([other], other):
+        found.clear()
+        with nn.modules.module.register_module_forward_hook(note_dtype):
+            said = printed(capsys, evaluation, file, *flag, "--images", 1)
+        dtype = torch.bfloat16 if amp == "--amp" else torch.float32
+        assert f"computed in {str(dtype).removeprefix('torch.')}\n" in said and found == {dtype}
     # Nor may a GPU round what is computed in float32.
     assert not torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
@@ -2205,12 +2227,20 @@ def test_gradients_keep_their_size_with_trsg_only():
     assert spread["trsg"] < 1.5 and spread["absolute"] > 1e3
 
 
+def test_speed_has_a_row_for_each_size(capsys, monkeypatch):
+    # So small that nothing is compiled.
+    monkeypatch.setattr(evaluation, "NEURONS", {"cpu": (8, 64)})
+    monkeypatch.setattr(evaluation, "SECONDS", 0.01)
+    said = printed(capsys, evaluation, "--speed", "--device", "cpu")
+    assert "\n| 8 " in said and "\n| 64 " in said
+
+
 @pytest.mark.parametrize("arguments, expected", [
     ("a.pt --plot p.png", "pictures need matplotlib: pip install matplotlib"),
     ("", "no checkpoint given"),
     ("a.pt b.pt --save-folded c.pt", "takes one checkpoint"),
     ("a.pt --picture m.png", "--picture takes two checkpoints"),
-    ("a.pt", "a.pt"),
+    ("a.pt", "a.pt cannot be read"),
     ("a.pt --device nonsense", "--device nonsense cannot be used"),
     ("--plot a.pt", "does not end in .png"),
     ("--report a.pt b.pt", "does not end in .md")])
@@ -2236,7 +2266,7 @@ def train_five_steps(environment, arch, fused, file):
     """Train on this process's part of five batches, and save the state of the network."""
     os.environ.update(environment)
     # Whatever is to be fused is fused however small it is.
-    neuron.COMPILE, neuron.CPU_COMPILE_FROM = fused != "plain", 0
+    neuron.CPU_COMPILE_FROM = 0
     processes = train.Processes("cpu")
     torch.manual_seed(0)
     small_resnet = models.ResNet(models.Block, [(8, 1, 1)], 10, 2, 3, 4, {})
@@ -2251,7 +2281,8 @@ def train_five_steps(environment, arch, fused, file):
     if fused == "network":
         models.compile_model(model)
     world = processes.world
-    trained = model if world == 1 else train.DistributedDataParallel(model)
+    how = types.SimpleNamespace(compile="off" if fused == "plain" else "neurons")
+    trained, _ = train.make_fast(model, None, how, processes)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -2299,6 +2330,8 @@ def test_torchrun_trains_and_counts_every_test_image_once(tiny, tmp_path):
     # 17 test images do not divide by two. Threads of compiled neurons and of the connection must
     # not crash an interpreter that ends, for which torchrun would exit with 1.
     flags = [*tiny(17), *"--epochs 1 --limit 16 --compile neurons --out".split(), tmp_path / "run"]
+    # The first stage's currents, steps x images x channels x places, are just enough to compile.
+    assert 2 * 4 * 8 * 32 * 32 >= neuron.CPU_COMPILE_FROM
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 train.py"
     assert "% at best" in python(*torchrun.split(), *flags)
     model = train.build_network(train.load_checkpoint(tmp_path / "run/last.pt"))
@@ -2343,7 +2376,7 @@ def train_small(environment, flags, number=0, steps=0, moment=0.0):
 
 def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
     # They ask each other at every tenth of 16 steps, and then save as well.
-    flags = "--epochs 2 --batch-size 4 --save-every 1e-9 --resume auto --out"
+    flags = "--epochs 2 --batch-size 4 --accumulate 2 --save-every 1e-9 --resume auto --out"
     flags = [*tiny(), *flags.split()]
 
     def train_two(first_out, second_out, *stop, code=0):
@@ -2372,14 +2405,15 @@ def test_two_processes_stopped_and_resumed_equal_two_unbroken(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["WORLD_SIZE=two", "WORLD_SIZE=0", "RANK=2", "RANK=",
-                                   "LOCAL_RANK=", "MASTER_ADDR=", "MASTER_PORT=99999"])
+                                   "LOCAL_RANK=", "MASTER_ADDR=", "MASTER_PORT=99999", "alone"])
 def test_half_an_environment_is_told_to_start_with_torchrun(capsys, monkeypatch, wrong):
-    name, value = wrong.split("=")
-    for name, value in {**environments_of_two()[0], name: value}.items():
+    # A job template may set WORLD_SIZE alone.
+    environment = {"WORLD_SIZE": "2"}
+    if wrong != "alone":
+        name, value = wrong.split("=")
+        environment = {**environments_of_two()[0], name: value}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    fails(capsys, train, [], "start them with torchrun")
-    # A job template may set this one alone.
-    monkeypatch.delenv("RANK")
     fails(capsys, train, [], "start them with torchrun")
 
 
@@ -2387,8 +2421,10 @@ def test_half_an_environment_is_told_to_start_with_torchrun(capsys, monkeypatch,
 
 @pytest.mark.parametrize("name, times", [("SIGKILL", 20), ("SIGTERM", 8)])
 def test_killed_runs_continue_bit_for_bit(capsys, monkeypatch, tiny, tmp_path, name, times):
-    # A checkpoint after every step, so that signals come while it is written, too.
-    flags = [*tiny(), *"--batch-size 16 --epochs 16 --save-every 1e-9 --out".split()]
+    # A checkpoint after every step, so that signals come while it is written, too. Mixup draws at
+    # every step, and must draw the same again.
+    flags = "--batch-size 16 --epochs 16 --mixup 0.5 --save-every 1e-9 --out"
+    flags = [*tiny(), *flags.split()]
     resumed = [*flags, tmp_path / "parts", "--resume", "auto"]
     number, random = int(getattr(signal, name)), np.random.default_rng(0)
     # SIGKILL ends the process where it is. After SIGTERM it saves first.
@@ -2612,7 +2648,7 @@ new --arch spikformer --width 6 || multiple of 4
 new --out /proc/run             || cannot write a run into /proc/run
 new --out {d}/run               | run/last.pt: removed | holds a run (best.pt, log.csv)
 # Data that are missing or something else.
-new --dataset nmnist            || nmnist
+new --dataset nmnist            || nmnist has no recordings of class 0
 new | data/cifar10/train_images.npy: planes first | must be uint8 [N, 32, 32, 3]
 new | data/cifar10/train_labels.npy: class 10     | whole numbers from 0 to 9
 new | data/cifar10/train_labels.npy: objects      | no readable .npy
@@ -2640,16 +2676,6 @@ resume --epochs 3 | run/last.pt: infinite | logits are NaN or infinite
 resume --epochs 3 | run: disk full        | cannot write
 """
 ROWS = [row for row in BAD_INPUT.splitlines() if "|" in row]
-
-
-@pytest.fixture(scope="module")
-def run_and_data(tmp_path_factory):
-    """A folder with arrays, a tree of images, and a run of two epochs on the arrays."""
-    folder = tmp_path_factory.mktemp("bad")
-    image_tree(folder / "tree", n=1, modes=("RGB", "L"))
-    flags = [*tiny_run(folder), "--epochs", "2", "--out", str(folder / "run")]
-    in_forks((train.main, flags))
-    return folder
 
 
 @pytest.mark.parametrize("row", ROWS)
