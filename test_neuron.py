@@ -1636,6 +1636,8 @@ def test_training_writes_log_and_checkpoints(run_and_data):
     # Checkpoints count epochs from 0. The last epoch ended with its eighth step.
     last = train.load_checkpoint(run / "last.pt")
     assert (last["epoch"], last["step"]) == (1, 8)
+    # Only last.pt is for training on, which needs the state of the optimizer.
+    assert "optimizer" in last and "optimizer" not in train.load_checkpoint(run / "best.pt")
 
 
 def test_a_seed_gives_the_same_run_everywhere(capsys, monkeypatch, run_and_data, tmp_path):
@@ -1685,8 +1687,10 @@ def test_the_papers_recipe_is_the_default():
     paper = dict(arch="resnet19", width=64, epochs=200, batch_size=64, optimizer="sgd", lr=0.02)
     paper.update(warmup=0, weight_decay=5e-4, init="published", label_smoothing=0, mixup=0)
     assert paper.items() <= vars(args).items()
-    # From the first step, without a warm-up. The rest of it is in the authors' trajectory.
-    assert train.learning_rate(0, 1000, args) == 0.02
+    optimizer = train.make_optimizer(models.build("resnet19", 10, 2, width=4), args)
+    assert type(optimizer) is torch.optim.SGD and train.learning_rate(0, 1000, args) == 0.02
+    for group in optimizer.param_groups:
+        assert group["momentum"] == 0.9 and not group["nesterov"]
 
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
@@ -1837,13 +1841,14 @@ def train_shapes(flags, out):
 
 
 def test_three_epochs_teach_the_shapes_and_mp_init_raises_the_first_step(tmp_path):
-    # With the same images in the same order and the same initial weights.
-    flags = "--width 8 --timesteps 2 --lr 0.1 --mp-init "
-    in_forks(*((train_shapes, flags + name, tmp_path / name) for name in ("active", "off")))
-    active, off = (log(tmp_path / name)[-1] for name in ("active", "off"))
-    # By seed (0, 1, 2) 91, 79, 79 % after both steps. A linear classifier of pixels has about 10 %.
-    assert float(active[-1]) > 0.7
-    # After the first step 83, 75, 73 % with MP-Init, and 64, 56, 60 % without.
+    # The last two with the same images in the same order and the same initial weights.
+    narrow = "--width 8 --timesteps 2 --lr 0.1 --mp-init "
+    runs = dict(wide="--width 16 --timesteps 1", active=narrow + "active", off=narrow + "off")
+    in_forks(*((train_shapes, flags, tmp_path / name) for name, flags in runs.items()))
+    wide, active, off = (log(tmp_path / name)[-1] for name in runs)
+    # About 97 %. A linear classifier of pixels stays near 10 %.
+    assert float(wide[-1]) > 0.9
+    # After the first step by seed (0, 1, 2) 83, 75, 73 % with MP-Init, and 64, 56, 60 % without.
     assert float(active[-2]) > float(off[-2]) + 0.05
 
 
